@@ -1,0 +1,94 @@
+"""The binding of a shard: where the bytes of its logical byte string lie in *this* process. Never hashed.
+
+An :class:`AddressSpace` maps logical offsets to memory. Both ends of a transfer hold one of their own over the same
+logical offsets, so a request names logical bytes and each side finds its own memory: no peer can name an address.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from weightwire.types import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of logical bytes that is also a run of memory.
+
+    Attributes:
+        offset: logical offset of its first byte.
+        address: address of its first byte.
+        nbytes: its length, more than zero.
+        device: ``cpu`` or ``cuda:N``.
+    """
+
+    offset: int
+    address: int
+    nbytes: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Region:
+    """A whole allocation that segments lie in; what a transport registers (never single tensors)."""
+
+    address: int
+    nbytes: int
+    device: str
+
+
+class AddressSpace:
+    """Segments that cover ``[start, end)`` of a logical byte string without a gap, and what keeps them alive.
+
+    Immutable. The memory stays valid while the object lives, because it holds the tensors.
+
+    Args:
+        segments: ascending by offset, each beginning where the one before ends.
+        regions: the allocations that all segments lie in, disjoint.
+        owners: whatever keeps the memory alive (tensors, storages).
+
+    Raises:
+        ValueError: segments that do not follow each other (a programmer's error).
+    """
+
+    def __init__(self, segments: Sequence[Segment], regions: Sequence[Region], owners: object) -> None:
+        for before, after in zip(segments, segments[1:], strict=False):
+            if before.offset + before.nbytes != after.offset:
+                raise ValueError(f"segments do not follow each other at offset {after.offset}")
+        self.segments = tuple(segments)
+        self.regions = tuple(regions)
+        self.owners = owners
+        self._offsets = [segment.offset for segment in self.segments]
+
+    @property
+    def span(self) -> Span:
+        """What is covered; zero bytes at offset 0 for an empty space."""
+        if not self.segments:
+            return Span(0, 0)
+        last = self.segments[-1]
+        return Span(self.segments[0].offset, last.offset + last.nbytes - self.segments[0].offset)
+
+    def slices(self, span: Span) -> list[Segment]:
+        """The memory of ``span``, in logical order.
+
+        Raises:
+            IndexError: ``span`` is not inside this space.
+        """
+        if span.nbytes == 0:
+            return []
+        if span.nbytes < 0 or span.offset < self.span.offset or span.end > self.span.end:
+            raise IndexError(f"bytes {span.offset}..{span.end} are outside {self.span.offset}..{self.span.end}")
+        found = []
+        at = bisect.bisect_right(self._offsets, span.offset) - 1
+        while at < len(self.segments) and self.segments[at].offset < span.end:
+            found.append(_clip(self.segments[at], span))
+            at += 1
+        return found
+
+
+def _clip(segment: Segment, span: Span) -> Segment:
+    begin = max(segment.offset, span.offset)
+    end = min(segment.offset + segment.nbytes, span.end)
+    return Segment(begin, segment.address + begin - segment.offset, end - begin, segment.device)

@@ -1,0 +1,179 @@
+"""The logical description of a shard: pure data, equal for equal weights, hashed into the content id.
+
+A :class:`Layout` says *what* a shard consists of and how its bytes are cut into leaves; it holds no bytes, no
+addresses and no digests, so a target can make its own before anything arrives. A :class:`Manifest` is a layout plus
+the digest of every leaf. Where the bytes lie in some process's memory is the *binding* (``manifest.address``), which is
+never hashed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from weightwire.types import Json, Span, State, TensorClass
+
+DIGEST_BYTES = 16
+"""Bytes of one leaf digest (``manifest.digest``)."""
+
+FORMAT = "weightwire.manifest.v1"
+"""Enters every content id: a change of leaf rule, digest or field meaning changes it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A name that shows part of an entry's bytes: sent once, with the entry, and restored as a reference.
+
+    Attributes:
+        name: construction-time path of the view.
+        dtype: torch name without the prefix, such as ``bfloat16``.
+        shape: sizes of the view.
+        stride: strides of the view in elements of its dtype.
+        offset: bytes from the first byte of the entry to the first element of the view.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One tensor whose bytes travel.
+
+    Attributes:
+        name: canonical name, the construction-time path (before any alias wiring).
+        dtype: torch name without the prefix, such as ``bfloat16``.
+        shape: sizes; a zero-element shape is legal and has no bytes.
+        order: dimensions from slowest to fastest varying in memory; ``(0, 1, …)`` for a contiguous tensor. The
+            entry's bytes are its elements in this order, without gaps, whatever the strides are.
+        kind: ``WEIGHT`` or ``DERIVED``; runtime tensors are in no layout.
+        nbytes: number of elements times element size.
+        aliases: further names of the same bytes (ties, alias paths), sorted.
+        views: names that show a part of these bytes, sorted by name.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    kind: TensorClass
+    nbytes: int
+    aliases: tuple[str, ...] = ()
+    views: tuple[View, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """The unit of digest: at most 1 MiB of one large entry, or several whole small ones.
+
+    Attributes:
+        span: its bytes in the shard's logical byte string.
+        kind: class of every byte in it.
+    """
+
+    span: Span
+    kind: TensorClass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a shard consists of. Build it with ``catalogue(...)`` or from the wire, never by hand in production code.
+
+    Attributes:
+        entries: in canonical order (``manifest.leaves.canonical_order``); their bytes, concatenated in this order,
+            are the shard's *logical byte string*.
+        state: declared non-tensor state by module path.
+        absent: names that exist as optional parameters or buffers but are ``None`` here, sorted: None-ness is state.
+    """
+
+    entries: tuple[Entry, ...]
+    state: State = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The leaves, in order of their offsets; a pure function of the entries."""
+        from weightwire.manifest.leaves import cut  # noqa: PLC0415  (leaves needs Entry and Leaf from here)
+
+        return cut(self.entries)
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Length of the logical byte string."""
+        return sum(entry.nbytes for entry in self.entries)
+
+    @functools.cached_property
+    def weight_leaves(self) -> int:
+        """How many leaves are of class weight; they come first."""
+        return sum(leaf.kind is TensorClass.WEIGHT for leaf in self.leaves)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A layout and the digest of each of its leaves.
+
+    Attributes:
+        layout: see :class:`Layout`.
+        digests: ``len(layout.leaves) * DIGEST_BYTES`` bytes, leaf after leaf.
+    """
+
+    layout: Layout
+    digests: bytes
+
+    def digest(self, leaf: int) -> bytes:
+        """Digest of leaf number ``leaf``."""
+        return self.digests[leaf * DIGEST_BYTES : (leaf + 1) * DIGEST_BYTES]
+
+    @functools.cached_property
+    def content_id(self) -> str:
+        """64 hex digits: equal for equal weights of one shard, whoever serves them and however."""
+        end = self.layout.weight_leaves * DIGEST_BYTES
+        return _identifier(self.layout, TensorClass.WEIGHT, self.digests[:end])
+
+    @functools.cached_property
+    def derived_id(self) -> str:
+        """64 hex digits over the derived part, which differs innocently between replicas."""
+        start = self.layout.weight_leaves * DIGEST_BYTES
+        return _identifier(self.layout, TensorClass.DERIVED, self.digests[start:])
+
+
+def weights_id(content_ids: Mapping[str, str]) -> str:
+    """Digest over the content ids of *all* ranks of a replica.
+
+    Args:
+        content_ids: rank label (``Coordinates.label()`` and role) -> content id; every rank of the replica.
+    """
+    return hashlib.sha256(_canonical({"format": FORMAT, "ranks": dict(content_ids)})).hexdigest()
+
+
+def _identifier(layout: Layout, kind: TensorClass, digests: bytes) -> str:
+    head: dict[str, Json] = {"format": FORMAT, "kind": kind.value}
+    if kind is TensorClass.WEIGHT:  # state decides what kernels compute with the weights
+        head |= {"state": {k: dict(v) for k, v in layout.state.items()}, "absent": list(layout.absent)}
+    hasher = hashlib.sha256(_canonical(head))
+    hasher.update(_canonical([_plain(entry) for entry in layout.entries if entry.kind is kind]))
+    hasher.update(digests)
+    return hasher.hexdigest()
+
+
+def _plain(entry: Entry) -> Json:
+    views: list[Json] = [[v.name, v.dtype, list(v.shape), list(v.stride), v.offset] for v in entry.views]
+    return [
+        entry.name,
+        entry.dtype,
+        list(entry.shape),
+        list(entry.order),
+        entry.nbytes,
+        list(entry.aliases),
+        views,
+    ]
+
+
+def _canonical(value: Json) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
