@@ -1,0 +1,510 @@
+"""What the control plane says, as plain frozen values: no protobuf, no gRPC, no torch.
+
+``codec`` turns them into protobuf and back and checks every bound; nothing here trusts or checks anything. Text ids
+(keys, incarnations, content and weights ids) are opaque here: they are compared, never interpreted. ``""`` stands for
+"none" or "not known yet" in every text field.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from weightwire.types import Coordinates, Json, Role, Stage
+
+# --------------------------------------------------------------------------------------------------------------------
+# Publications
+
+
+class PublicationState(enum.StrEnum):
+    """Where a publication stands; see ``metadata.lifecycle`` for how it moves."""
+
+    LOADING = "LOADING"
+    """Bytes are still coming from a disk; nothing can be read."""
+    HELD = "HELD"
+    """Leased and digested, not offered until the engine says that it may be read."""
+    RELAYING = "RELAYING"
+    """Still filling from a peer; the verified leaves can be read."""
+    READY = "READY"
+    """All leaves can be read."""
+    PAUSED = "PAUSED"
+    """Not offered for the moment (graph capture, sleep, an update); its generation moves."""
+    WITHDRAWN = "WITHDRAWN"
+    """Over; never comes back under the same generation."""
+
+    @property
+    def readable(self) -> bool:
+        """Whether a reader may be sent there."""
+        return self in (PublicationState.READY, PublicationState.RELAYING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublicationRecord:
+    """One rank's shard as its source describes it: small, never bytes, never a manifest.
+
+    One atomic record per (``shard_key``, ``incarnation``): ranks cannot overwrite each other's.
+
+    Attributes:
+        shard_key: replica key and full coordinates, hashed.
+        replica_key: identity with parallel sizes, hashed.
+        family_key: identity without parallel sizes, hashed.
+        model_id: the operator's model id or the Hub id, for listings and for "the same model at another stage".
+        identity: canonical JSON of the identity, for explaining mismatches; never trusted as a key.
+        revision: Hub commit or the operator's label; "" when the source does not know it.
+        coordinates: where this rank stands in its replica.
+        role: target or draft model.
+        stage: when in the source's life its bytes were taken.
+        incarnation: uuid of the process life that serves it.
+        replica_incarnation: uuid that all ranks of one replica share for one life.
+        world_size: how many shards make the replica complete.
+        endpoints: ``host:port`` of the peer endpoint, best first; at least one unless ``LOADING``.
+        content_id: digest of this shard's weights; "" until known.
+        weights_id: digest over the content ids of all ranks; "" until gathered.
+        ordinal: the operator's ordering of weights for ``latest``; relays pass it on unchanged.
+        nbytes: length of the shard's logical byte string; 0 until known.
+        state: see :class:`PublicationState`.
+        generation: counter of the published bytes; never goes back within an incarnation.
+        sequence: counter of what the source said about this publication; a message with a lower one is late.
+        host: stable id of the machine, for "two reporters on different hosts".
+        fraction: how much of the shard is in place, 0 to 1.
+        bytes_done: the same in bytes.
+        active_reads: read leases that are open at the source right now.
+    """
+
+    shard_key: str
+    replica_key: str
+    family_key: str
+    model_id: str
+    identity: str
+    revision: str = ""
+    coordinates: Coordinates = field(default_factory=Coordinates)
+    role: Role = Role.TARGET
+    stage: Stage = Stage.LOADED
+    incarnation: str
+    replica_incarnation: str
+    world_size: int = 1
+    endpoints: tuple[str, ...] = ()
+    content_id: str = ""
+    weights_id: str = ""
+    ordinal: int = 0
+    nbytes: int = 0
+    state: PublicationState = PublicationState.LOADING
+    generation: int = 0
+    sequence: int = 0
+    host: str = ""
+    fraction: float = 0.0
+    bytes_done: int = 0
+    active_reads: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """The server's answer to a publish.
+
+    Attributes:
+        lease_id: names the publication in the ``Keep`` stream; made by the server, unknown after it restarts.
+        ttl_s: seconds after the last beat at which the lease is gone.
+    """
+
+    lease_id: str
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepUpdate:
+    """One lease's part of a beat. Applied only if (generation, sequence) is not behind what the server has."""
+
+    lease_id: str
+    generation: int
+    sequence: int
+    state: PublicationState
+    fraction: float = 0.0
+    bytes_done: int = 0
+    active_reads: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckResult:
+    """What a source found when it digested one leaf again, because somebody had reported it."""
+
+    lease_id: str
+    leaf: int
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepBeat:
+    """One message of the stream that keeps all leases of a process."""
+
+    updates: tuple[KeepUpdate, ...]
+    checks: tuple[CheckResult, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recheck:
+    """The server asks a source to digest a leaf again."""
+
+    lease_id: str
+    leaf: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepAnswer:
+    """The answer to one beat.
+
+    Attributes:
+        unknown: lease ids that the server does not have: publish again what is still published.
+        rechecks: leaves to digest again; the results go into a later beat.
+        ttl_s: the server's TTL; a client beats every third of it.
+    """
+
+    unknown: tuple[str, ...]
+    rechecks: tuple[Recheck, ...]
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Withdrawal:
+    """The end of a publication. ``generation`` is the one *after* the withdrawn bytes."""
+
+    shard_key: str
+    incarnation: str
+    generation: int
+    sequence: int
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Finding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindReplicas:
+    """The leader rank's one question: which whole replicas could we take our weights from?
+
+    Attributes:
+        replica_keys: the acceptable stages' keys, in order of preference.
+        family_keys: keys without parallel sizes, for "exists otherwise".
+        model_id: for "exists otherwise" as well.
+        replica_incarnation: the asker's own, left out of the answer.
+    """
+
+    replica_keys: tuple[str, ...]
+    family_keys: tuple[str, ...] = ()
+    model_id: str = ""
+    replica_incarnation: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaOffer:
+    """One complete replica: every rank published, with one weights id, and none of them is out of bounds.
+
+    Attributes:
+        suspect: its keeper's stream is broken or late; confirm by contact.
+        reports: reports against any of its ranks that have not expired.
+        active_reads: over all ranks.
+    """
+
+    replica_key: str
+    replica_incarnation: str
+    stage: Stage
+    revision: str
+    ordinal: int
+    world_size: int
+    nbytes: int
+    suspect: bool
+    reports: int
+    active_reads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsGroup:
+    """All complete replicas that hold the same weights under one replica key.
+
+    ``ordinal`` is the highest one that any of them was given; ``revisions`` are all that were named.
+    """
+
+    replica_key: str
+    stage: Stage
+    weights_id: str
+    ordinal: int
+    revisions: tuple[str, ...]
+    replicas: tuple[ReplicaOffer, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadingReplica:
+    """A replica that will be a source soon, if its lease lives and makes progress.
+
+    Attributes:
+        state: the least advanced state of its ranks.
+        weights_id: "" while it is not known.
+        ranks: how many of ``world_size`` have registered.
+        fraction: of the slowest rank.
+        elapsed_s: since its first rank registered.
+        quiet_s: since any of its ranks last made progress.
+        live: no rank's keeper is suspect.
+        earlier: registered before the asker did (or the asker did not register): only earlier ones are worth waiting
+            for, so that two that start together never wait for each other.
+    """
+
+    replica_key: str
+    replica_incarnation: str
+    stage: Stage
+    revision: str
+    state: PublicationState
+    weights_id: str
+    world_size: int
+    ranks: int
+    fraction: float
+    bytes_done: int
+    nbytes: int
+    elapsed_s: float
+    quiet_s: float
+    live: bool
+    earlier: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherReplica:
+    """Something of the same model or family that was not asked for: another stage, layout, quantization …"""
+
+    replica_key: str
+    family_key: str
+    replica_incarnation: str
+    stage: Stage
+    role: Role
+    state: PublicationState
+    revision: str
+    world_size: int
+    ranks: int
+    identity: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """Why something that exists is not offered; one line."""
+
+    subject: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaListing:
+    """The answer to :class:`FindReplicas`; ``metadata.selection.choose`` makes a typed outcome of it.
+
+    Attributes:
+        warming_s: seconds for which the server, started empty, may still be missing sources; 0 once it is warm.
+    """
+
+    groups: tuple[WeightsGroup, ...]
+    loading: tuple[LoadingReplica, ...] = ()
+    others: tuple[OtherReplica, ...] = ()
+    rejected: tuple[Rejection, ...] = ()
+    warming_s: float = 0.0
+
+    @property
+    def warming(self) -> bool:
+        """Whether a conflict may still be hidden."""
+        return self.warming_s > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindShard:
+    """One rank's question: who serves my shard of these weights?
+
+    Attributes:
+        exclude: incarnations that the asker does not want (itself, peers that failed it).
+    """
+
+    shard_key: str
+    weights_id: str
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A source of one shard, with the reason for its place in the order."""
+
+    record: PublicationRecord
+    reason: str
+    suspect: bool = False
+    reports: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardListing:
+    """Candidates, best first."""
+
+    candidates: tuple[Candidate, ...]
+    rejected: tuple[Rejection, ...] = ()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reports, listings, decisions
+
+
+class FailureKind(enum.StrEnum):
+    """How a source failed a target."""
+
+    LOST = "LOST"
+    STALLED = "STALLED"
+    MISMATCH = "MISMATCH"
+    PROTOCOL = "PROTOCOL"
+
+    @property
+    def blames_bytes(self) -> bool:
+        """Whether it speaks of wrong content (may lead to quarantine), not of a dead or slow source."""
+        return self in (FailureKind.MISMATCH, FailureKind.PROTOCOL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerFailure:
+    """A target tells which source failed it and how.
+
+    Attributes:
+        generation: the source generation that was read; a report on an older one than the current is no blame.
+        leaf: the leaf that was wrong, or -1.
+        reporter: the reporting process's incarnation.
+        reporter_host: stable id of the reporting machine.
+        detail: one line for the log.
+    """
+
+    shard_key: str
+    incarnation: str
+    generation: int
+    kind: FailureKind
+    leaf: int = -1
+    reporter: str
+    reporter_host: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportAnswer:
+    """What the server made of a report."""
+
+    counted: bool
+    quarantined: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceView:
+    """One publication as the server sees it, for ``weightwire sources``."""
+
+    record: PublicationRecord
+    suspect: bool
+    quarantined: bool
+    reports: int
+    age_s: float
+    remaining_s: float
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """A write-once value. ``value`` is None when nothing was recorded within the wait."""
+
+    key: str
+    value: bytes | None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Peer endpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerStatus:
+    """What a source says of one of its shards, asked before a byte is planned and before anyone is blamed."""
+
+    shard_key: str
+    incarnation: str
+    generation: int
+    state: PublicationState
+    content_id: str
+    derived_id: str
+    weights_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestHeader:
+    """What goes with a manifest and comes before it on the stream.
+
+    Attributes:
+        build_facts: what the source's construction learnt from its checkpoint files; applied by the target before
+            it constructs its model.
+    """
+
+    shard_key: str
+    incarnation: str
+    generation: int
+    content_id: str
+    derived_id: str
+    weights_id: str
+    stage: Stage
+    role: Role
+    coordinates: Coordinates
+    revision: str = ""
+    ordinal: int = 0
+    build_facts: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRead:
+    """A reader asks for the right to read one generation of one shard.
+
+    Attributes:
+        content_id: what the reader expects to find; anything else is refused.
+        reader: the reading process's incarnation.
+        reader_host: stable id of the reading machine.
+        transports: names of the transports that the reader can use, best first.
+    """
+
+    shard_key: str
+    incarnation: str
+    content_id: str
+    reader: str
+    reader_host: str
+    transports: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadGrant:
+    """The right to read one generation, and how.
+
+    Attributes:
+        lease: opaque to the reader; presented to the transport and to ``Progress`` and ``CloseRead``.
+        endpoints: transport name -> what ``Transport.describe`` gave, in the source's order of preference.
+        ttl_s: the lease ends this long after the last sign of the reader (an open ``Progress`` stream is one).
+    """
+
+    lease: bytes
+    generation: int
+    ttl_s: float
+    endpoints: Mapping[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class LeafRange:
+    """Leaves ``first`` to ``first + count - 1``."""
+
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressUpdate:
+    """Leaves that became readable since the update before.
+
+    Attributes:
+        version: give it as ``since`` to go on from here; 0 is the beginning.
+        ranges: new ones only; empty in an update that merely shows that the source is alive.
+        complete: every leaf is readable now; no further update need follow.
+        generation: when it differs from the grant's, the lease is over.
+    """
+
+    version: int
+    generation: int
+    ranges: tuple[LeafRange, ...] = ()
+    complete: bool = False
