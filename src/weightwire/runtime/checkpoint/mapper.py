@@ -1,0 +1,80 @@
+"""From a model's layers to checkpoint names, and the check that both sides name the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from weightwire.errors import CheckpointError
+from weightwire.runtime.checkpoint.protocol import TensorSource
+from weightwire.runtime.layers.shards import Loadable, Part
+
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+# tensors that some checkpoints carry and no model needs
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class LoadTarget:
+    """One layer, under its construction-time name, and the checkpoint modules that it is made of."""
+
+    name: str
+    layer: Loadable
+    prefixes: tuple[str, ...]
+
+    def tensor_names(self) -> list[str]:
+        """Every checkpoint tensor that the layer needs."""
+        return [f"{prefix}.{leaf}" for prefix in self.prefixes for leaf in self.layer.checkpoint_tensors()]
+
+
+class HfWeightMapper:
+    """Hugging Face names for the layers of a Llama-shaped model.
+
+    Args:
+        optional: names that the checkpoint may have and this model does not use (``lm_head.weight`` of a tied one).
+    """
+
+    def __init__(self, optional: Iterable[str] = ()) -> None:
+        self._optional = frozenset(optional)
+
+    def targets(self, layers: Iterable[tuple[str, Loadable]]) -> list[LoadTarget]:
+        """A target for every layer; fused layers get several prefixes."""
+        return [LoadTarget(name, layer, self._prefixes(name)) for name, layer in layers]
+
+    @staticmethod
+    def _prefixes(name: str) -> tuple[str, ...]:
+        parent, _, leaf = name.rpartition(".")
+        return tuple(f"{parent}.{part}" for part in _FUSED[leaf]) if leaf in _FUSED else (name,)
+
+    def check_names(self, targets: Iterable[LoadTarget], tensors: Mapping[str, TensorSource]) -> None:
+        """Refuse, before the first byte, a checkpoint that lacks a tensor or has one that nobody takes.
+
+        Raises:
+            CheckpointError: naming the first tensor and counting the rest.
+        """
+        needed = {name for target in targets for name in target.tensor_names()}
+        missing = sorted(needed - set(tensors))
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks tensor {missing[0]}{_and_more(missing)}",
+                "use a checkpoint that belongs to its config.json",
+            )
+        extra = sorted(set(tensors) - needed - self._optional)
+        left_over = [name for name in extra if not name.endswith(_IGNORED_SUFFIXES)]
+        if left_over:
+            origin = tensors[left_over[0]].origin
+            raise CheckpointError(
+                f"{origin}: tensor {left_over[0]}{_and_more(left_over)} has no place in the model",
+                "use a checkpoint that belongs to its config.json",
+            )
+
+    @staticmethod
+    def parts(target: LoadTarget, tensors: Mapping[str, TensorSource]) -> list[Part]:
+        """The tensors of one target, one mapping of leaf names for each prefix."""
+        leaves = target.layer.checkpoint_tensors()
+        return [{leaf: tensors[f"{prefix}.{leaf}"] for leaf in leaves} for prefix in target.prefixes]
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
