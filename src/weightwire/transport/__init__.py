@@ -1,0 +1,1 @@
+"""How bytes travel: one narrow seam (``base``), one module a backend."""

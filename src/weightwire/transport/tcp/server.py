@@ -1,0 +1,254 @@
+"""The serving side: one listening socket, one thread a client, bytes straight from the registered memory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from weightwire.auth import Secret
+from weightwire.errors import ConfigError, GenerationMoved, ProtocolError, WeightwireError
+from weightwire.manifest.address import Segment
+from weightwire.transport import memory
+from weightwire.transport.base import ReadGate
+from weightwire.transport.landing import Stage
+from weightwire.transport.ledger import Ledger
+from weightwire.transport.tcp import frames
+from weightwire.transport.tcp.frames import Request, Status
+from weightwire.transport.tcp.greeting import greet_client
+from weightwire.transport.tcp.settings import TcpSettings
+from weightwire.transport.tcp.stream import OverdueError, Stream
+
+_BACKLOG = 128
+_ACCEPT_PAUSE_S = 0.1
+
+_log = logging.getLogger(__name__)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket that shares its port with nobody.
+
+    Args:
+        host: address or name of a local interface.
+        port: 0 lets the system choose.
+
+    Raises:
+        ConfigError: no such address here, or the port is taken; names both.
+    """
+    family = _family(host)
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if port:
+            # On Linux this lets a restarted source have its port again at once, past connections in TIME_WAIT; it
+            # never lets two listeners share one (that is SO_REUSEPORT).
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(_BACKLOG)
+    except OSError as error:
+        listening.close()
+        raise ConfigError(
+            f"cannot serve tcp on {host}:{port}: {error.strerror}", "give a local address, and a free port or 0"
+        ) from error
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+def _family(host: str) -> socket.AddressFamily:
+    try:
+        return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+    except OSError as error:
+        raise ConfigError(f"cannot serve tcp on {host}: {error.strerror}", "give an address of this machine") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What all sessions of one server share."""
+
+    secret: Secret
+    incarnation: bytes
+    gate: ReadGate
+    ledger: Ledger
+    settings: TcpSettings
+
+
+class Session:
+    """One client: greeted, then served under its lease until either side ends it."""
+
+    def __init__(self, accepted: socket.socket, peer: str, service: Service) -> None:
+        settings = service.settings
+        self.peer = peer
+        self.stream = Stream(accepted, dead_host_s=settings.dead_host_s, send_s=settings.send_stall_s)
+        self._service = service
+        self._stage = Stage()
+
+    def greet(self) -> bytes | None:
+        """The client's lease, once it has proved that it holds the secret; None if it did not."""
+        service = self._service
+        deadline = time.monotonic() + service.settings.greeting_s
+        return greet_client(self.stream, service.secret, service.incarnation, deadline)
+
+    def serve(self, lease: bytes) -> None:
+        """Answer requests until the client goes, breaks the protocol, or falls silent."""
+        while True:
+            deadline = time.monotonic() + self._service.settings.idle_s
+            request = frames.decode_request(self.stream.receive_exactly(frames.REQUEST_BYTES, deadline))
+            self._answer(lease, request)
+
+    def _answer(self, lease: bytes, request: Request) -> None:
+        with contextlib.ExitStack() as use:
+            opened = self._open(lease, request, use)
+            if isinstance(opened, Status):
+                self.stream.send(deque([memoryview(frames.encode_answer(opened, request))]))
+            else:
+                self._send(request, opened)
+
+    def _open(self, lease: bytes, request: Request, use: contextlib.ExitStack) -> list[Segment] | Status:
+        # The gate is asked first and the ledger second, so that what is withdrawn in between is refused.
+        try:
+            registration = self._service.gate.admit(lease, request.span)
+            use.enter_context(self._service.ledger.use(registration, self.stream.cut))
+            return registration.memory.slices(request.span)
+        except GenerationMoved:
+            return Status.MOVED
+        except (ProtocolError, IndexError) as error:
+            _log.warning("refused a read by %s: %s", self.peer, error)
+            return Status.REFUSED
+        except WeightwireError as error:
+            _log.warning("cannot serve a read by %s: %s", self.peer, error)
+            return Status.GONE
+
+    def _send(self, request: Request, segments: list[Segment]) -> None:
+        head = memoryview(frames.encode_answer(Status.OK, request))
+        if memory.on_host(segments):
+            self.stream.send(deque([head, *memory.views(segments)]))
+            return
+        self.stream.send(deque([head]))
+        for run in memory.runs(segments):
+            self.stream.send(self._host_bytes(run))
+
+    def _host_bytes(self, run: list[Segment]) -> deque[memoryview]:
+        if memory.on_host(run):
+            return memory.views(run)
+        staged = self._stage.take(sum(segment.nbytes for segment in run))
+        memory.load(run, staged)
+        return deque([staged])
+
+
+class Server:
+    """Accepts clients until closed.
+
+    Args:
+        listening: from ``listen``; owned from now on.
+        service: what every session needs.
+    """
+
+    def __init__(self, listening: socket.socket, service: Service) -> None:
+        self._listening = listening
+        self._service = service
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._greeting: dict[Session, None] = {}  # in order of arrival
+        self._sessions: set[Session] = set()
+        self._threads: set[threading.Thread] = set()
+        self._acceptor = threading.Thread(target=self._accept, name="weightwire-tcp-accept", daemon=True)
+        self._acceptor.start()
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self._listening.getsockname()[1])
+
+    def close(self) -> None:
+        """Refuse new clients, cut all others, wait for our threads (bounded). Idempotent."""
+        with self._lock:
+            self._closing.set()
+            open_sessions = [*self._sessions]
+            threads = [*self._threads]
+        try:
+            self._listening.shutdown(socket.SHUT_RDWR)  # wakes accept(), which close() alone does not
+        except OSError:
+            _log.debug("tcp server was closed already")
+        for session in open_sessions:
+            session.stream.cut()
+        deadline = time.monotonic() + self._service.settings.close_s
+        for thread in [self._acceptor, *threads]:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._listening.close()
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                accepted, address = self._listening.accept()
+            except OSError as error:
+                if self._closing.is_set():
+                    return
+                _log.warning("cannot accept a tcp client: %s", error.strerror)
+                time.sleep(_ACCEPT_PAUSE_S)  # out of file descriptors, most likely
+                continue
+            self._admit(accepted, f"{address[0]}:{address[1]}")
+
+    def _admit(self, accepted: socket.socket, peer: str) -> None:
+        try:
+            session = Session(accepted, peer, self._service)
+        except OSError:
+            accepted.close()  # it has gone already
+            return
+        with self._lock:
+            full = self._closing.is_set() or len(self._sessions) >= self._service.settings.sessions
+            if not full:
+                self._sessions.add(session)
+                self._greeting[session] = None
+                self._end_oldest_greeting()
+        if full:
+            _log.warning("refused tcp client %s: %d are being served", peer, self._service.settings.sessions)
+            session.stream.close()
+            return
+        self._start(session)
+
+    def _end_oldest_greeting(self) -> None:
+        # An honest client is done in a round trip: whoever dawdles longest makes room.
+        if len(self._greeting) > self._service.settings.greetings:
+            next(iter(self._greeting)).stream.cut()
+            del self._greeting[next(iter(self._greeting))]
+
+    def _start(self, session: Session) -> None:
+        thread = threading.Thread(target=self._run, args=(session,), name="weightwire-tcp-serve", daemon=True)
+        with self._lock:
+            self._threads.add(thread)
+        thread.start()
+
+    def _run(self, session: Session) -> None:
+        try:
+            lease = session.greet()
+            self._greeted(session)
+            if lease is None:
+                _log.warning("refused tcp client %s: it does not hold the secret", session.peer)
+            else:
+                session.serve(lease)
+        except OverdueError:
+            _log.info("let tcp client %s go: silent for too long", session.peer)
+        except ProtocolError as error:
+            _log.warning("ended tcp client %s: %s", session.peer, error)
+        except OSError as error:
+            _log.debug("tcp client %s has gone: %s", session.peer, error)
+        except Exception:  # noqa: BLE001  # a thread's edge: one client's failure must not be silent, nor end the others
+            _log.exception("failed while serving tcp client %s", session.peer)
+        finally:
+            session.stream.close()
+            self._forget(session)
+
+    def _greeted(self, session: Session) -> None:
+        with self._lock:
+            self._greeting.pop(session, None)
+
+    def _forget(self, session: Session) -> None:
+        with self._lock:
+            self._greeting.pop(session, None)
+            self._sessions.discard(session)
+            self._threads.discard(threading.current_thread())

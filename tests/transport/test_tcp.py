@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+import pytest
+from transport import backends
+from transport.conformance import Backend, Conformance
+
+
+class TestTcp(Conformance):
+    @pytest.fixture
+    def backend(self) -> Backend:
+        return Backend(make=backends.tcp, child="transport.backends:tcp", stranger=backends.tcp_stranger)
