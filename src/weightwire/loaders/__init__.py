@@ -1,0 +1,1 @@
+"""Live loading put together: find, pull or fall back to the disk, publish."""

@@ -1,0 +1,1 @@
+"""The source: describe what is in memory, serve it under leases, keep it unchanged until it is withdrawn."""

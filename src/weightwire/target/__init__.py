@@ -1,0 +1,1 @@
+"""The target: find a source, pull its own shard, verify it, decide with the other ranks, report."""

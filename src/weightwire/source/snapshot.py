@@ -1,0 +1,176 @@
+"""Copy-on-transform: published raw bytes never move and never change while the model goes on to transform itself.
+
+Readers were told the addresses of the *original* storages, so those stay. Before a module's transform, every storage that
+it may change in place is cloned and all tensors on it (views and aliases anywhere in the model too) are re-pointed to the
+clone. Afterwards a clone that did not change is dropped and the tensors return to the original. What a transform *replaces*
+is left alone: the original lives on because the publication holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+Effect = Literal["in_place", "replaces"]
+
+
+@dataclass(kw_only=True)
+class Held:
+    """Bytes that exist a second time because readers may still want the raw ones.
+
+    Attributes:
+        in_place: of storages that a transform changed in place.
+        replaced: of tensors that a transform replaced.
+        peak_clone: most bytes of clones alive at one time beyond what stayed.
+    """
+
+    in_place: int = 0
+    replaced: int = 0
+    peak_clone: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """All that is held now."""
+        return self.in_place + self.replaced
+
+
+@dataclass(kw_only=True)
+class Snapshot:
+    """The guard around transforms of one published model. Not thread-safe: transforms run on one thread.
+
+    Args (fields):
+        model: the published module; its tensors are found anew at each guard, so that aliases made later count.
+        published: data pointers of the storages that readers may read.
+    """
+
+    model: nn.Module
+    published: frozenset[int]
+    held: Held = field(default_factory=Held)
+
+    @contextlib.contextmanager
+    def guard(self, module: nn.Module) -> Iterator[None]:
+        """Run one module's transform inside. Which storages it may change is what ``module.transform_effect()`` declares;
+        a module that declares nothing may change anything below it.
+        """
+        before = _own_tensors(module)
+        raw = {name: tensor for name, tensor in before.items() if _pointer(tensor) in self.published}
+        clones = self._detach(_may_change(module, before))
+        try:
+            yield
+        finally:
+            self._settle(clones)
+            after = _own_tensors(module)
+            self.held.replaced += sum(
+                _bytes_of(tensor) for name, tensor in raw.items() if after.get(name) is not tensor
+            )
+
+    def _detach(self, tensors: list[torch.Tensor]) -> list[_Clone]:
+        pointers = {_pointer(tensor) for tensor in tensors} & self.published
+        if not pointers:
+            return []
+        users: dict[int, list[torch.Tensor]] = {pointer: [] for pointer in pointers}
+        for tensor in _all_tensors(self.model):
+            if _pointer(tensor) in users:
+                users[_pointer(tensor)].append(tensor)
+        clones = [_Clone.of(group) for group in users.values() if group]
+        self.held.peak_clone = max(self.held.peak_clone, sum(clone.nbytes for clone in clones))
+        return clones
+
+    def _settle(self, clones: list[_Clone]) -> None:
+        for clone in clones:
+            if clone.changed():
+                self.held.in_place += clone.nbytes
+            else:
+                clone.revert()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Clone:
+    """One storage's clone and the tensors that were re-pointed to it."""
+
+    original: torch.UntypedStorage
+    copy: torch.UntypedStorage
+    users: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, users: list[torch.Tensor]) -> _Clone:
+        original = users[0].untyped_storage()
+        clone = cls(original=original, copy=original.clone(), users=tuple(users))
+        for tensor in users:
+            _repoint(tensor, clone.copy)
+        return clone
+
+    @property
+    def nbytes(self) -> int:
+        return self.original.nbytes()
+
+    def changed(self) -> bool:
+        return not torch.equal(_bytes(self.original), _bytes(self.copy))
+
+    def revert(self) -> None:
+        for tensor in self.users:
+            if _pointer(tensor) == self.copy.data_ptr():  # a transform may have re-pointed it elsewhere meanwhile
+                _repoint(tensor, self.original)
+
+
+def _repoint(tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
+    with torch.no_grad():
+        fresh = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        tensor.data = fresh.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+
+
+def _may_change(module: nn.Module, own: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    declare = getattr(module, "transform_effect", None)
+    if declare is None:
+        if not hasattr(module, "transform_weights") and not hasattr(module, "post_load_weights"):
+            return []
+        return [tensor for child in module.modules() for tensor in _own_tensors(child).values()]
+    effects: Mapping[str, Effect] = declare()
+    return [own[name] for name, effect in effects.items() if effect == "in_place" and name in own]
+
+
+def _own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):  # noqa: SLF001
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+    return found
+
+
+def _all_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    seen: set[int] = set()
+    for module in model.modules():
+        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):  # noqa: SLF001
+            for tensor in _inside(value):
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield tensor
+
+
+def _inside(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _inside(item)
+    elif isinstance(value, dict) and all(isinstance(key, (str, int)) for key in value):
+        for item in value.values():
+            if not isinstance(item, (nn.Module, nn.Parameter)):
+                yield from _inside(item)
+
+
+def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _pointer(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,99 @@
+"""What a load did, step by step: the return value of ``receive`` and the rows of every table that is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+from weightwire.types import Json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One rung of the fallback ladder.
+
+    Attributes:
+        way: ``peer`` or ``disk``.
+        who: the peer's label, the checkpoint's path, or empty.
+        outcome: ``ok``, ``skipped`` or ``failed``.
+        reason: why it was skipped or failed, one line; empty if ok.
+        seconds: how long it took.
+    """
+
+    way: str
+    who: str
+    outcome: str
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one peer contributed: ``nbytes`` verified bytes over ``path``."""
+
+    peer: str
+    path: str
+    nbytes: int
+    bad_leaves: int = 0
+
+
+@dataclass(kw_only=True)
+class LoadReport:
+    """The outcome of one rank's load.
+
+    Attributes:
+        source: ``peer`` or ``disk``: where the weights finally came from.
+        stage: stage of the received bytes, empty for ``disk``.
+        verified: every byte of the manifest had its digest. Always true for ``peer``; a load that is not raises.
+        content_id: of this rank's shard, empty for ``disk`` before it is published.
+        weights_id: of the whole replica, likewise.
+        revision: the source's revision, or ``None``.
+        unpinned: the target named no revision, so any source's was taken.
+        nbytes: bytes received.
+        seconds: phase -> seconds (``discover``, ``plan``, ``register``, ``transfer``, ``verify``, ``decide`` …).
+            ``verify`` runs inside ``transfer`` and is summed over lanes.
+        shares: who contributed what.
+        steps: the fallback ladder as it was climbed.
+        retries: chunks that had to be asked again.
+        warnings: slow paths and other things that a person should know, one line each.
+    """
+
+    source: str = ""
+    stage: str = ""
+    verified: bool = False
+    content_id: str = ""
+    weights_id: str = ""
+    revision: str | None = None
+    unpinned: bool = False
+    nbytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    shares: list[Share] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    retries: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to ``seconds[name]``."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Verified bytes over the transfer's wall time; 0 where nothing was transferred."""
+        elapsed = self.seconds.get("transfer", 0.0)
+        return self.nbytes / elapsed / 1e9 if elapsed else 0.0
+
+    @property
+    def paths(self) -> list[str]:
+        """The distinct paths that carried bytes."""
+        return sorted({share.path for share in self.shares if share.nbytes})
+
+    def to_json(self) -> dict[str, Json]:
+        """All of it as plain data."""
+        return asdict(self) | {"paths": list(self.paths), "gigabytes_per_second": self.gigabytes_per_second}
