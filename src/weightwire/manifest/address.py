@@ -7,6 +7,7 @@ logical offsets, so a request names logical bytes and each side finds its own me
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ class AddressSpace:
     """
 
     def __init__(self, segments: Sequence[Segment], regions: Sequence[Region], owners: object) -> None:
-        for before, after in zip(segments, segments[1:], strict=False):
+        for before, after in itertools.pairwise(segments):
             if before.offset + before.nbytes != after.offset:
                 raise ValueError(f"segments do not follow each other at offset {after.offset}")
         self.segments = tuple(segments)

@@ -1,0 +1,230 @@
+"""Planning a transfer: what a target expects against what a source offers. Pure: no I/O, no torch.
+
+Every difference is found before the first byte moves. What comes from a peer is checked against bounds first
+(:func:`validate`), then against our own layout, name by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from weightwire.errors import ManifestMismatch, ProtocolError
+from weightwire.manifest import state as declared
+from weightwire.manifest.dtypes import ITEM_BYTES
+from weightwire.manifest.leaves import canonical_order, count_leaves
+from weightwire.manifest.orders import canonical_dims
+from weightwire.manifest.records import DIGEST_BYTES, Entry, Layout, Manifest, View
+from weightwire.types import TensorClass
+
+MAX_NAMES = 1 << 20
+"""Names in one layout: entries, aliases, views and absent ones together."""
+MAX_NAME_CHARS = 1024
+MAX_DIMS = 64
+MAX_SHARD_BYTES = 1 << 44
+SHOWN = 3
+"""How many of several differences a message spells out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferPlan:
+    """What to fetch and what to do with it.
+
+    Attributes:
+        layout: the *offered* layout: the leaves are the source's, and the target maps them to its own tensors.
+        manifest: the offered manifest.
+        leaves: indices of the leaves to fetch, in order: weight first, then derived.
+        copies: (from entry, to entry) to carry out once everything is verified: what the source has tied and the
+            target holds separately.
+    """
+
+    layout: Layout
+    manifest: Manifest
+    leaves: range
+    copies: tuple[tuple[str, str], ...]
+
+
+def plan(expected: Layout, offered: Manifest) -> TransferPlan:
+    """Plan how a target of layout ``expected`` is filled from ``offered``, which may come from a stranger.
+
+    Raises:
+        ProtocolError: ``offered`` is out of bounds or contradicts itself.
+        ManifestMismatch: names, dtypes, shapes, order, class, ties, views, ``None``-ness or declared state differ;
+            names the first few.
+    """
+    validate_manifest(offered)
+    layout = offered.layout
+    _compare_names(expected, layout)
+    theirs = {name: entry for entry in layout.entries for name in (entry.name, *entry.aliases)}
+    problems = [line for entry in expected.entries for line in _entry_problems(entry, theirs)]
+    problems += _view_problems(expected, layout) + declared.differences(expected.state, layout.state)
+    _refuse(problems)
+    return TransferPlan(
+        layout=layout, manifest=offered, leaves=range(len(layout.leaves)), copies=_copies(expected, theirs)
+    )
+
+
+def validate(layout: Layout) -> None:
+    """Check that ``layout`` is within bounds and says one thing only.
+
+    Raises:
+        ProtocolError: it is not; nothing of a size that it claims was allocated.
+    """
+    names = sum(1 + len(entry.aliases) + len(entry.views) for entry in layout.entries) + len(layout.absent)
+    _demand(names <= MAX_NAMES, f"has {names} names")
+    for entry in layout.entries:
+        _validate_entry(entry)
+    _demand(sum(entry.nbytes for entry in layout.entries) <= MAX_SHARD_BYTES, "is larger than any shard")
+    _demand(canonical_order(layout.entries) == tuple(layout.entries), "is not in canonical order")
+    every = [*_all_names(layout), *layout.absent]
+    for name in layout.absent:
+        _validate_name(name)
+    _demand(len(every) == len(set(every)), "has a name twice")
+    _demand(tuple(sorted(layout.absent)) == tuple(layout.absent), "has unsorted absent names")
+    declared.check(layout.state)
+
+
+def validate_manifest(manifest: Manifest) -> None:
+    """Check ``manifest`` and its layout; afterwards its leaves may be cut.
+
+    Raises:
+        ProtocolError: it is out of bounds, or has not one digest for each leaf.
+    """
+    validate(manifest.layout)
+    leaves = count_leaves(manifest.layout.entries)
+    _demand(
+        len(manifest.digests) == leaves * DIGEST_BYTES, f"has {len(manifest.digests)} digest bytes, {leaves} leaves"
+    )
+
+
+def _compare_names(expected: Layout, offered: Layout) -> None:
+    ours, theirs = set(_all_names(expected)), set(_all_names(offered))
+    _refuse_none(set(expected.absent) & theirs, "is None here but a tensor at the source")
+    _refuse_none(ours & set(offered.absent), "is None at the source but a tensor here")
+    problems = []
+    if ours - theirs:
+        problems.append(f"only here: {_some(ours - theirs)}")
+    if theirs - ours:
+        problems.append(f"only at the source: {_some(theirs - ours)}")
+    if problems:
+        raise ManifestMismatch(
+            f"tensor names differ, {'; '.join(problems)}", "build both sides from the same code, config and build facts"
+        )
+    one_sided = set(expected.absent) ^ set(offered.absent)
+    _refuse_none(one_sided, "is an optional tensor (None) on one side and unknown on the other")
+
+
+def _refuse_none(names: set[str], problem: str) -> None:
+    if names:
+        raise ManifestMismatch(
+            f"{_some(names)} {problem}", "apply the source's declared state (import_state) or build both sides alike"
+        )
+
+
+def _entry_problems(entry: Entry, theirs: Mapping[str, Entry]) -> list[str]:
+    group = (entry.name, *entry.aliases)
+    homes = {theirs[name].name if name in theirs else "" for name in group}
+    if "" in homes:
+        view = next(name for name in group if name not in theirs)
+        return [f"{view} is a tensor of its own here but a view at the source"]
+    if len(homes) > 1:
+        return [f"{' and '.join(group[:2])} are tied here, separate there: apply the source's build facts (untie)"]
+    other = theirs[entry.name]
+    pairs = {
+        "dtype": (entry.dtype, other.dtype),
+        "shape": (list(entry.shape), list(other.shape)),
+        "element order": (list(entry.order), list(other.order)),
+        "class": (entry.kind.value, other.kind.value),
+    }
+    return [f"{entry.name} has {what} {a} here and {b} at the source" for what, (a, b) in pairs.items() if a != b]
+
+
+def _view_problems(expected: Layout, offered: Layout) -> list[str]:
+    theirs = {view.name: (entry, view) for entry in offered.entries for view in entry.views}
+    problems = []
+    for entry in expected.entries:
+        for view in entry.views:
+            other = theirs.get(view.name)
+            if other is None:
+                problems.append(f"{view.name} is a view here but a tensor of its own at the source")
+            elif other[1] != view or entry.name not in (other[0].name, *other[0].aliases):
+                problems.append(f"{view.name} shows other bytes of {entry.name} here than at the source")
+    return problems
+
+
+def _copies(expected: Layout, theirs: Mapping[str, Entry]) -> tuple[tuple[str, str], ...]:
+    """Entries here whose bytes arrive under another entry, because the source has the two tied."""
+    homes = {name: entry.name for entry in expected.entries for name in (entry.name, *entry.aliases)}
+    pairs = ((homes[theirs[entry.name].name], entry.name) for entry in expected.entries)
+    return tuple(sorted(pair for pair in pairs if pair[0] != pair[1]))
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - SHOWN} more)" if len(problems) > SHOWN else ""
+        raise ManifestMismatch(
+            "; ".join(problems[:SHOWN]) + more, "give both sides the same model, dtype, parallel layout and build facts"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
+    return ", ".join(ordered[:SHOWN]) + more
+
+
+def _all_names(layout: Layout) -> list[str]:
+    return [name for e in layout.entries for name in (e.name, *e.aliases, *(view.name for view in e.views))]
+
+
+def _validate_entry(entry: Entry) -> None:
+    for name in (entry.name, *entry.aliases, *(view.name for view in entry.views)):
+        _validate_name(name)
+    what = repr(entry.name)
+    _demand(isinstance(entry.kind, TensorClass) and entry.kind is not TensorClass.RUNTIME, f"{what} has no class")
+    count = _validate_shape(what, entry.dtype, entry.shape)
+    _demand(_natural(entry.nbytes) and entry.nbytes == count * ITEM_BYTES[entry.dtype], f"{what} has the wrong size")
+    _demand(len(entry.order) == len(entry.shape) and all(map(_natural, entry.order)), f"{what} has a bad order")
+    _demand(sorted(entry.order) == list(range(len(entry.shape))), f"{what} has a bad order")
+    _demand(canonical_dims(entry.shape, entry.order) == tuple(entry.order), f"{what} has no canonical order")
+    _demand(sorted(entry.aliases) == list(entry.aliases), f"{what} has unsorted aliases")
+    _demand([v.name for v in entry.views] == sorted(v.name for v in entry.views), f"{what} has unsorted views")
+    for view in entry.views:
+        _validate_view(entry, view)
+
+
+def _validate_view(entry: Entry, view: View) -> None:
+    what = repr(view.name)
+    count = _validate_shape(what, view.dtype, view.shape)
+    _demand(len(view.stride) == len(view.shape) and all(map(_natural, view.stride)), f"{what} has bad strides")
+    reach = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True)) if count else 0
+    _demand(_natural(view.offset), f"{what} has a bad offset")
+    _demand(view.offset + reach * ITEM_BYTES[view.dtype] <= entry.nbytes, f"{what} lies outside {entry.name!r}")
+
+
+def _validate_shape(what: str, dtype: Any, shape: tuple[int, ...]) -> int:
+    """Number of elements."""
+    _demand(isinstance(dtype, str) and dtype in ITEM_BYTES, f"{what} has an unknown dtype")
+    _demand(len(shape) <= MAX_DIMS and all(map(_natural, shape)), f"{what} has a bad shape")
+    count = 1
+    for size in shape:
+        count *= size
+    _demand(count <= MAX_SHARD_BYTES, f"{what} is larger than any shard")
+    return count
+
+
+def _validate_name(name: Any) -> None:
+    good = isinstance(name, str) and 0 < len(name) <= MAX_NAME_CHARS and name.isprintable()
+    _demand(good, "has a name that is empty, too long or not plain text")
+
+
+def _natural(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_SHARD_BYTES
+
+
+def _demand(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ProtocolError(
+            f"offered manifest {problem}", "the peer is broken or of another version; use another source"
+        )
