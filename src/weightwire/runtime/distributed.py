@@ -152,6 +152,11 @@ class TpGroup(AbstractContextManager["TpGroup"]):
         return cls(TpCoordinates(size=1, rank=0), HashStore(), None)
 
     @classmethod
+    def offline(cls, coordinates: TpCoordinates) -> TpGroup:
+        """One rank by itself: enough to build and fill its part of a model, not to run it (collectives raise)."""
+        return cls(coordinates, HashStore(), None)
+
+    @classmethod
     def connect(cls, env: RankEnvironment, timeout_s: float = DEFAULT_TIMEOUT_S) -> TpGroup:
         """Meet the other ranks at ``env.host:env.port``; every wait, here and in collectives, ends after ``timeout_s``.
 
@@ -191,7 +196,7 @@ class TpGroup(AbstractContextManager["TpGroup"]):
         Gathered and then added in rank order, half precision in float32: the order of additions, and so the result,
         depends on nothing but the ranks' values.
         """
-        if self._backend is None:
+        if self.size == 1:
             return tensor
         total, *others = (
             part.to(torch.float32) if part.is_floating_point() else part for part in self.all_gather(tensor)
@@ -202,7 +207,7 @@ class TpGroup(AbstractContextManager["TpGroup"]):
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's ``tensor`` (one shape, one dtype), in rank order."""
-        if self._backend is None:
+        if self.size == 1:
             return [tensor]
         mine = tensor.contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.size)]
@@ -211,14 +216,15 @@ class TpGroup(AbstractContextManager["TpGroup"]):
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Rank ``src``'s ``tensor``, written into everyone's ``tensor`` (contiguous), which is returned."""
-        if self._backend is not None:
+        if self.size > 1:
             options = BroadcastOptions()
             options.rootRank = src
             self._finish(lambda backend: backend.broadcast([tensor], options))
         return tensor
 
     def _finish(self, start: Callable[[_Collectives], Work]) -> None:
-        assert self._backend is not None
+        if self._backend is None:
+            raise RankLost(f"rank {self.rank} of {self.size} is not connected to the others", "connect the group first")
         try:
             start(self._backend).wait()
         except RuntimeError as error:

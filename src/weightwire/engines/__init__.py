@@ -1,0 +1,1 @@
+"""Adapters between weightwire and the engines that run models."""

@@ -1,0 +1,82 @@
+"""One rank of a replica under test: ``python runtime_ranks.py TASK WORKDIR``, told its rank by the environment."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TESTS = Path(__file__).parent
+
+
+def start_ranks(task: str, workdir: Path, environments: Sequence[Mapping[str, str]]) -> list[subprocess.Popen[bytes]]:
+    """A process for each environment."""
+    command = [sys.executable, str(Path(__file__)), task, str(workdir)]
+    return [subprocess.Popen(command, env={**child_environment(), **env}) for env in environments]
+
+
+def child_environment() -> dict[str, str]:
+    """The parent's environment with the package on the path and one thread for each process."""
+    source = str(TESTS.parent / "src")
+    return {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+
+
+def wait_all(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[int]:
+    """Exit codes; all processes are gone afterwards, also when one hangs or fails."""
+    end = time.monotonic() + seconds
+    try:
+        return [process.wait(max(0.1, end - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(10)
+
+
+def _small(group: Any, workdir: Path) -> dict[str, Any]:
+    from runtime_models import CASES, PROMPTS
+
+    from weightwire.runtime import KernelLayout, LoaderSettings, ModelLoader, SafetensorsLoader, generate, prompt_logits
+
+    results: dict[str, Any] = {}
+    for case in CASES:
+        for layout in KernelLayout:
+            for dtype in (torch.float32, torch.bfloat16):
+                loader = ModelLoader(group, LoaderSettings(dtype=dtype, kernel_layout=layout), SafetensorsLoader())
+                model = loader.load(workdir / case).model
+                tokens = generate(model, PROMPTS, max_new_tokens=6)
+                results[f"{case}/{layout.value}/{dtype}"] = (prompt_logits(model, PROMPTS), tokens)
+    again = ModelLoader(group, LoaderSettings(), SafetensorsLoader()).load(workdir / "gqa_llama3").model
+    results["again"] = (prompt_logits(again, PROMPTS), generate(again, PROMPTS, max_new_tokens=6))
+    return results
+
+
+def _smollm2(group: Any, workdir: Path) -> dict[str, Any]:
+    from weightwire.runtime import LoaderSettings, ModelLoader, SafetensorsLoader, generate
+
+    job = torch.load(workdir / "job.pt", weights_only=True)
+    settings = LoaderSettings(dtype=torch.float32)
+    model = ModelLoader(group, settings, SafetensorsLoader()).load(Path(job["checkpoint"])).model
+    return {"tokens": generate(model, job["prompts"], max_new_tokens=job["max_new_tokens"])}
+
+
+def main() -> None:
+    from weightwire.runtime import TpGroup, discover_rank
+
+    torch.set_num_threads(1)
+    workdir = Path(sys.argv[2])
+    env = discover_rank(os.environ)
+    with TpGroup.connect(env, timeout_s=60) as group:
+        results = {"small": _small, "smollm2": _smollm2}[sys.argv[1]](group, workdir)
+        torch.save(results, workdir / f"rank{group.rank}.pt")
+        # nobody leaves while another one still gathers
+        group.all_gather(torch.zeros(1))
+
+
+if __name__ == "__main__":
+    main()
