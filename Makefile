@@ -1,0 +1,62 @@
+# Needs nothing but Python 3.11 and make: `make demo` and `make test` set everything up by themselves.
+#
+#   make demo    two replicas of a real model: one loads from disk, the other from the first
+#   make test    all tests                        make check   lint, types, layers, generated files
+#   make bench   the benchmarks                   make proto   regenerate the protobuf code
+#   make docs    regenerate docs/reference.md     make clean   remove everything that was made here
+#
+# Settings: PYTHON=python3.11  TORCH=torch==2.13.0  VENV=.venv  PYTEST="-k name"
+
+PYTHON ?= python3.11
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+PYTEST ?=
+
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check bench proto docs clean
+
+help:
+	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
+
+venv: $(STAMP)
+
+# Done again whenever the dependencies may have changed. torch comes first: what depends on it must find this one.
+$(STAMP): pyproject.toml Makefile
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; install it, or name one: make PYTHON=…" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH) and what weightwire needs into $(VENV) (once, some minutes)"
+	@$(PIP) install "$(TORCH)"
+	@$(PIP) install --editable ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/weightwire demo
+
+# One thread a process: ranks are many, cores are few.
+test: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/gen_proto.py --check
+	$(BIN)/python tools/gen_reference.py --check
+
+bench: $(STAMP)
+	@for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+proto: $(STAMP)
+	$(BIN)/python tools/gen_proto.py
+
+docs: $(STAMP)
+	$(BIN)/python tools/gen_reference.py
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
