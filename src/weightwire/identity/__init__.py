@@ -1,0 +1,1 @@
+"""Which shards are interchangeable: identities, their keys, revisions. Pure, no torch."""
