@@ -267,7 +267,7 @@ class LoadingReplica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherReplica:
-    """Something of the same model or family that was not asked for: another stage, layout, quantization …"""
+    """Something of the same model or family that was not asked for: another stage, layout, or quantization."""
 
     replica_key: str
     family_key: str
