@@ -1,0 +1,531 @@
+"""The order of a load, its stages, and the hazards that the runtime itself must not have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runtime_models import BASE, CASES, PROMPTS, random_tensors, write_checkpoint
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from weightwire.errors import CheckpointError, ConfigError
+from weightwire.runtime import (
+    BuildFacts,
+    Injected,
+    KernelLayout,
+    LayerContext,
+    LlamaForCausalLM,
+    LoaderSettings,
+    LoadFormat,
+    LoadRequest,
+    ModelConfig,
+    ModelLoader,
+    SafetensorsLoader,
+    Stage,
+    TpCoordinates,
+    TpGroup,
+    Weights,
+    construct,
+    generate,
+    materialize,
+    prepare_processed,
+    prepare_raw,
+    prompt_logits,
+    read_config,
+)
+from weightwire.runtime.layers.packing import PackedLinear
+from weightwire.runtime.layers.rotary import inverse_frequencies
+
+CPU = torch.device("cpu")
+SINGLE = TpGroup.single()
+Names = dict[str, tuple[nn.Module, str]]
+
+
+def parameter_places(model: nn.Module) -> Names:
+    """Construction-time name to the place that holds the tensor, whatever is there later."""
+    return {
+        f"{path}.{name}" if path else name: (module, name)
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+class Recorder:
+    """Hooks that note what happened, and the construction-time places."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.places: Names = {}
+        self.raw: dict[str, torch.Tensor] = {}
+
+    def constructed(self, model: nn.Module) -> None:
+        assert all(tensor.is_meta for tensor in model.parameters())
+        self.places = parameter_places(model)
+        self.events.append("constructed")
+
+    def loaded(self, model: nn.Module) -> None:
+        if "post_loaded" not in self.events:  # aliases are wired by the steps that follow, not before
+            assert self.places.keys() == parameter_places(model).keys()
+        self.raw = self.snapshot()
+        self.events.append("loaded")
+
+    @contextmanager
+    def guard_transform(self, module: nn.Module) -> Iterator[None]:
+        self.events.append(f"before {type(module).__name__}")
+        yield
+        self.events.append("after")
+
+    def post_loaded(self, model: nn.Module) -> None:
+        assert isinstance(model, LlamaForCausalLM)
+        self.events.append("post_loaded")
+
+    def reloading(self, model: nn.Module) -> None:
+        assert isinstance(model, LlamaForCausalLM)
+        self.events.append("reloading")
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(module, leaf).detach().clone() for name, (module, leaf) in self.places.items()}
+
+
+class Poisoning(SafetensorsLoader):
+    """Fills all parameters with NaN first, so that whatever nobody writes is seen."""
+
+    def load_weights(self, request: LoadRequest) -> Weights:
+        poison(request.model)
+        return super().load_weights(request)
+
+
+def poison(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+
+
+class Injecting:
+    """Puts another model's tensors in place: what a peer does, without a network."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], stage: Stage, facts: BuildFacts | None = None) -> None:
+        self.tensors, self.stage, self.facts, self.cleaned = tensors, stage, facts or {}, 0
+
+    def load_config(self, checkpoint_dir: Path) -> ModelConfig:
+        return read_config(checkpoint_dir)
+
+    def build_facts(self, checkpoint_dir: Path, config: ModelConfig) -> BuildFacts:  # noqa: ARG002
+        return self.facts
+
+    def load_weights(self, request: LoadRequest) -> Injected | Weights:
+        places = parameter_places(request.model)
+        poison(request.model)
+        if self.stage == "PROCESSED":
+            prepare_processed(request.model)
+        assert set(places) == set(self.tensors)
+        with torch.no_grad():
+            for name, (module, leaf) in places.items():
+                assert getattr(module, leaf).shape == self.tensors[name].shape, name
+                getattr(module, leaf).copy_(self.tensors[name])
+        return Injected(self.stage, "report")
+
+    def cleanup(self) -> None:
+        self.cleaned += 1
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "checkpoint", CASES["gqa_llama3"])
+
+
+def settings(layout: KernelLayout = KernelLayout.PLAIN, load_format: LoadFormat = LoadFormat.AUTO) -> LoaderSettings:
+    return LoaderSettings(load_format, torch.float32, layout)
+
+
+def part_of(directory: Path, size: int, rank: int, layout: KernelLayout = KernelLayout.PLAIN) -> LlamaForCausalLM:
+    group = TpGroup.offline(TpCoordinates(size=size, rank=rank))
+    return ModelLoader(group, settings(layout), Poisoning()).load(directory).model
+
+
+def test_order_of_a_load(checkpoint: Path) -> None:
+    hooks = Recorder()
+    result = ModelLoader(SINGLE, settings(KernelLayout.PACKED), Poisoning(), hooks).load(checkpoint)
+    transforms = ["before QkvLinear", "after", "before GateUpLinear", "after"] * 2
+    assert hooks.events == ["constructed", "loaded", *transforms, "post_loaded"]
+    assert set(result.seconds) == {"construct", "materialize", "fill", "post_load"}
+    assert result.injected is None
+    assert not any(tensor.isnan().any() for tensor in result.model.parameters())
+
+
+def test_what_transforms_declare_is_what_they_do(checkpoint: Path) -> None:
+    hooks = Recorder()
+    declared: dict[str, str] = {}
+    before: dict[str, nn.Parameter] = {}
+
+    class Declaring(Recorder):
+        def loaded(self, model: nn.Module) -> None:
+            super().loaded(model)
+            for name, (module, leaf) in self.places.items():
+                before[name] = getattr(module, leaf)
+                if isinstance(module, PackedLinear) and leaf in module.transform_effect():
+                    declared[name] = module.transform_effect()[leaf]
+
+    hooks = Declaring()
+    ModelLoader(SINGLE, settings(KernelLayout.PACKED), Poisoning(), hooks).load(checkpoint)
+    for name, (module, leaf) in hooks.places.items():
+        after = getattr(module, leaf)
+        replaced = after.data_ptr() != before[name].data_ptr()
+        changed = replaced or not torch.equal(after, hooks.raw[name])
+        assert declared.get(name) == ("replaces" if replaced else "in_place" if changed else None), name
+    assert sorted(set(declared.values())) == ["in_place", "replaces"]
+
+
+def test_plain_layout_transforms_nothing(checkpoint: Path) -> None:
+    hooks = Recorder()
+    ModelLoader(SINGLE, settings(), SafetensorsLoader(), hooks).load(checkpoint)
+    assert all(torch.equal(tensor, hooks.raw[name]) for name, tensor in hooks.snapshot().items())
+    packed = [module for module, _ in hooks.places.values() if isinstance(module, PackedLinear)]
+    assert packed
+    assert not any(module.transform_effect() for module in packed)
+
+
+def test_raw_bytes_do_not_depend_on_the_layout(checkpoint: Path) -> None:
+    plain, packed = Recorder(), Recorder()
+    one = ModelLoader(SINGLE, settings(), SafetensorsLoader(), plain).load(checkpoint).model
+    other = ModelLoader(SINGLE, settings(KernelLayout.PACKED), SafetensorsLoader(), packed).load(checkpoint).model
+    assert all(torch.equal(tensor, packed.raw[name]) for name, tensor in plain.raw.items())
+    assert one.raw_layout() == other.raw_layout() == "llama/unquantized/v1"
+    assert one.processed_layout() != other.processed_layout()
+
+
+def test_transforms_run_once_and_stages_are_idempotent(checkpoint: Path) -> None:
+    hooks = Recorder()
+    model = ModelLoader(SINGLE, settings(KernelLayout.PACKED), SafetensorsLoader(), hooks).load(checkpoint).model
+    first = hooks.snapshot()
+    model.post_load_weights()
+    assert all(torch.equal(tensor, first[name]) for name, tensor in hooks.snapshot().items())
+
+
+def test_packed_attention_has_the_bits_of_plain(checkpoint: Path) -> None:
+    """The permutation itself rounds nothing: the same numbers come out, element for element."""
+    models = [
+        ModelLoader(SINGLE, settings(layout), SafetensorsLoader()).load(checkpoint).model for layout in KernelLayout
+    ]
+    for layer in range(2):
+        plain, packed = (model.model.decoder_layers[layer].self_attn.qkv_proj for model in models)
+        assert packed.weights_are_packed
+        assert not torch.equal(plain.weight, packed.weight)
+        heads = plain.weight[: plain.q_rows + plain.kv_rows].reshape(-1, plain.head_dim, plain.in_features)
+        order = torch.arange(plain.head_dim).reshape(2, -1).t().flatten()
+        assert torch.equal(packed.weight[: plain.q_rows + plain.kv_rows], heads[:, order].flatten(0, 1))
+        assert torch.equal(packed.weight[plain.q_rows + plain.kv_rows :], plain.weight[plain.q_rows + plain.kv_rows :])
+
+
+@pytest.mark.parametrize("layout", KernelLayout)
+@pytest.mark.parametrize("stage", ["LOADED", "PROCESSED"])
+@pytest.mark.parametrize("case", ["gqa_llama3", "biased_tied"])
+def test_injected_weights_give_the_same_model(case: str, stage: Stage, layout: KernelLayout, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "checkpoint", CASES[case])
+    source = Recorder()
+    model = ModelLoader(SINGLE, settings(layout), SafetensorsLoader(), source).load(directory).model
+    tensors = source.raw if stage == "LOADED" else source.snapshot()
+    (directory / "model.safetensors").unlink()
+    loader, hooks = Injecting(tensors, stage), Recorder()
+    result = ModelLoader(SINGLE, settings(layout, LoadFormat.PRESHARDED), loader, hooks).load(directory)
+    assert result.injected == Injected(stage, "report")
+    assert ("loaded" in hooks.events) == (stage == "LOADED")
+    assert any(event.startswith("before") for event in hooks.events) == (stage == "LOADED")
+    assert hooks.events[-1] == "post_loaded"
+    assert loader.cleaned == 1
+    assert torch.equal(prompt_logits(result.model, PROMPTS), prompt_logits(model, PROMPTS))
+
+
+def test_a_failed_processed_receive_can_be_filled_raw(checkpoint: Path) -> None:
+    """Shapes change for the processed stage; when its bytes do not come, the disk must find the raw ones again."""
+
+    class Failing(SafetensorsLoader):
+        def load_weights(self, request: LoadRequest) -> Weights:
+            prepare_processed(request.model)
+            poison(request.model)
+            prepare_raw(request.model)
+            return super().load_weights(request)
+
+    presharded = settings(KernelLayout.PACKED, LoadFormat.PRESHARDED)
+    model = ModelLoader(SINGLE, presharded, Failing()).load(checkpoint).model
+    expected = ModelLoader(SINGLE, settings(KernelLayout.PACKED), SafetensorsLoader()).load(checkpoint).model
+    assert torch.equal(prompt_logits(model, PROMPTS), prompt_logits(expected, PROMPTS))
+
+
+def test_injection_is_refused_under_auto(checkpoint: Path) -> None:
+    hooks = Recorder()
+    ModelLoader(SINGLE, settings(), SafetensorsLoader(), hooks).load(checkpoint)
+    loader = Injecting(hooks.raw, "LOADED")
+    with pytest.raises(ConfigError, match="injected weights under load format auto"):
+        ModelLoader(SINGLE, settings(), loader).load(checkpoint)
+    assert loader.cleaned == 1
+
+
+def test_h01_aliases_rename_parameters_but_not_what_is_loaded(checkpoint: Path) -> None:
+    hooks = Recorder()
+    model = ModelLoader(SINGLE, settings(), SafetensorsLoader(), hooks).load(checkpoint).model
+    renamed = {name for name, _ in model.named_parameters()}
+    assert "model.layers.0.next_attn.qkv_proj.weight" in renamed
+    assert "model.layers.1.self_attn.qkv_proj.weight" not in renamed
+    assert "model.norm.weight" not in renamed
+    # filling follows the structure, so that it is complete with aliases wired as well
+    poison(model)
+    model.load_weights(Weights.of(load_file(checkpoint / "model.safetensors")))
+    assert all(torch.equal(tensor, hooks.raw[name]) for name, tensor in hooks.snapshot().items())
+
+
+def test_aliases_are_legal_on_meta_and_idempotent(checkpoint: Path) -> None:
+    model = construct(read_config(checkpoint), {}, LayerContext(SINGLE, torch.float32))
+    model.setup_aliases()
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    model.setup_aliases()
+    assert [name for name, _ in model.named_parameters(remove_duplicate=False)] == names
+    assert model.model.decoder_layers[1].next_layer_layernorm is model.model.norm
+
+
+@pytest.mark.parametrize("case", ["gqa_llama3", "biased_tied"])
+def test_h17_padding_rows_are_zero_on_the_ranks_that_have_them(case: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "checkpoint", CASES[case])
+    whole = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    parts = [part_of(directory, 8, rank) for rank in range(8)]
+    embeddings = [model.model.embed_tokens for model in parts]
+    assert len({embedding.weight.shape for embedding in embeddings}) == 1
+    assert embeddings[-1].real_rows < embeddings[-1].weight.shape[0]
+    joined = torch.cat([embedding.weight.data for embedding in embeddings])
+    assert torch.equal(joined[: len(whole)], whole)
+    assert torch.equal(joined[len(whole) :], torch.zeros_like(joined[len(whole) :]))
+    if case == "biased_tied":
+        assert all(model.lm_head.weight is model.model.embed_tokens.weight for model in parts)
+    else:
+        assert not torch.cat([model.lm_head.weight.data for model in parts])[len(whole) :].any()
+
+
+def test_ragged_and_empty_shards_join_to_the_whole(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "checkpoint", CASES["empty_shard"])
+    whole = load_file(directory / "model.safetensors")
+    layers = [part_of(directory, 4, rank).model.decoder_layers[0] for rank in range(4)]
+    widths = [layer.mlp.down_proj.weight.shape[1] for layer in layers]
+    assert widths == [2, 2, 1, 0]
+    gates = [layer.mlp.gate_up_proj.weight[:width] for layer, width in zip(layers, widths, strict=True)]
+    ups = [layer.mlp.gate_up_proj.weight[width:] for layer, width in zip(layers, widths, strict=True)]
+    prefix = "model.layers.0.mlp"
+    assert torch.equal(torch.cat(gates), whole[f"{prefix}.gate_proj.weight"])
+    assert torch.equal(torch.cat(ups), whole[f"{prefix}.up_proj.weight"])
+    downs = [layer.mlp.down_proj.weight.data for layer in layers]
+    assert torch.equal(torch.cat(downs, dim=1), whole[f"{prefix}.down_proj.weight"])
+    packed = part_of(directory, 4, 3, KernelLayout.PACKED).model.decoder_layers[0].mlp.gate_up_proj
+    assert packed.weight.shape == (64, 0)
+
+
+@pytest.mark.parametrize("layout", KernelLayout)
+def test_h18_reload_with_full_tensors_is_sliced_after_a_presharded_load(layout: KernelLayout, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "checkpoint", CASES["biased_tied"])
+    group = TpGroup.offline(TpCoordinates(size=4, rank=3))
+    baseline = Recorder()
+    ModelLoader(group, settings(layout), Poisoning(), baseline).load(directory)
+    final = baseline.snapshot()
+    hooks = Recorder()
+    loader = ModelLoader(group, settings(layout, LoadFormat.PRESHARDED), Injecting(baseline.raw, "LOADED"), hooks)
+    model = loader.load(directory).model
+    assert all(torch.equal(tensor, final[name]) for name, tensor in hooks.snapshot().items())
+
+    other = random_tensors({**BASE, **CASES["biased_tied"]}, seed=5)
+    loader.reload(model, Weights.of(other))
+    assert "reloading" in hooks.events
+    save_file(other, directory / "model.safetensors")
+    fresh = Recorder()
+    ModelLoader(group, settings(layout), Poisoning(), fresh).load(directory)
+    assert all(torch.equal(tensor, fresh.raw[name]) for name, tensor in hooks.raw.items())
+    again = fresh.snapshot()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in hooks.snapshot().items())
+
+
+def test_h18_tensors_cut_before_are_taken_whole_once(checkpoint: Path) -> None:
+    """Local tensors under Hugging Face names: whole with presharded, refused by shape without."""
+    group = TpGroup.offline(TpCoordinates(size=4, rank=1))
+    hooks = Recorder()
+    model = ModelLoader(group, settings(), Poisoning(), hooks).load(checkpoint).model
+    local = local_tensors(model)
+    poison(model)
+    model.load_weights(Weights.of(local, presharded=True))
+    assert all(torch.equal(tensor, hooks.raw[name]) for name, tensor in hooks.snapshot().items())
+    with pytest.raises(CheckpointError, match="the model needs"):
+        model.load_weights(Weights.of(local))
+    with pytest.raises(CheckpointError, match="the model needs"):
+        model.load_weights(Weights.of(load_file(checkpoint / "model.safetensors"), presharded=True))
+    model.load_weights(Weights.of(load_file(checkpoint / "model.safetensors")))
+    assert all(torch.equal(tensor, hooks.raw[name]) for name, tensor in hooks.snapshot().items())
+
+
+def local_tensors(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+    """A rank's own parameters under Hugging Face names, fused ones taken apart."""
+    found: dict[str, torch.Tensor] = {}
+    for target in model.weight_mapper().targets(model.loadable_layers()):
+        layer: Any = target.layer
+        for leaf in layer.checkpoint_tensors():
+            tensor = getattr(layer, leaf).detach().clone()
+            rows = [layer.local_rows(part) for part in layer.parts] if hasattr(layer, "parts") else [len(tensor)]
+            for prefix, part in zip(target.prefixes, tensor.split(rows), strict=True):
+                found[f"{prefix}.{leaf}"] = part
+    return found
+
+
+class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every operation that makes or changes real memory, and how many bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not result.is_meta:
+            name = str(func)
+            self.bytes[name] = self.bytes.get(name, 0) + result.nbytes
+        return result
+
+
+def test_h56_nothing_is_computed_on_bytes_that_will_be_replaced(checkpoint: Path) -> None:
+    with Writes() as writes:
+        model = construct(read_config(checkpoint), {}, LayerContext(SINGLE, torch.bfloat16))
+    assert writes.bytes == {}
+    rotary = model.model.rotary_emb
+    derived = [rotary.inv_freq, rotary.cos_sin_cache]
+    model.model.rotary_emb = nn.Identity()  # type: ignore[assignment]
+    with Writes() as writes:
+        materialize(model, CPU)
+    # allocated and pointed at; no fill, no random number, no conversion
+    assert set(writes.bytes) <= {
+        "aten.empty.memory_format",
+        "aten.set_.source_Storage_storage_offset",
+        "aten.detach.default",
+    }
+    assert all(tensor.is_meta for tensor in derived)
+
+
+@pytest.mark.parametrize("differs", [True, False])
+def test_h61_an_own_lm_head_unties_the_model_before_it_is_built(differs: bool, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "checkpoint", CASES["biased_tied"])
+    tensors = load_file(directory / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 1 if differs else 0
+    (directory / "model.safetensors").unlink()
+    save_file({**tensors, "lm_head.weight": head}, directory / "model.safetensors")
+    hooks = Recorder()
+    result = ModelLoader(SINGLE, settings(), Poisoning(), hooks).load(directory)
+    assert result.build_facts == result.model.build_facts == ({"word_embeddings_untied": True} if differs else {})
+    assert result.config.tie_word_embeddings is not differs
+    assert torch.equal(result.model.lm_head.weight, head)
+    # a target without files builds the same storages only where it is told the facts
+    (directory / "model.safetensors").unlink()
+    target = Injecting(hooks.raw, "LOADED", result.build_facts)
+    model = ModelLoader(SINGLE, settings(load_format=LoadFormat.PRESHARDED), target).load(directory).model
+    assert torch.equal(prompt_logits(model, PROMPTS), prompt_logits(result.model, PROMPTS))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is not differs
+
+
+@pytest.mark.parametrize("facts", [{"unheard_of": True}, {"word_embeddings_untied": 1}])
+def test_h61_foreign_build_facts_are_refused_by_name(facts: BuildFacts, checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=f"build fact '?{next(iter(facts))}"):
+        construct(read_config(checkpoint), facts, LayerContext(SINGLE, torch.float32))
+
+
+def test_materialising_keeps_ties_by_object_and_by_storage() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.empty(4, 6))
+            self.same_object = self.a
+            self.same_storage = nn.Parameter(self.a.data)
+            self.interior = nn.Parameter(self.a.data[1:3, ::2])
+            self.register_buffer("buffer", torch.empty(3, dtype=torch.int64))
+            self.plain = self.buffer
+            self.empty = nn.Parameter(torch.empty(0, 5), requires_grad=False)
+
+    with torch.device("meta"):
+        model = Tied()
+    materialize(model, CPU)
+    assert model.same_object is model.a
+    assert model.plain is model.buffer
+    assert model.same_storage.data_ptr() == model.a.data_ptr() != 0
+    assert model.interior.stride() == (6, 2)
+    assert model.interior.data_ptr() == model.a.data_ptr() + 6 * 4
+    assert model.interior.untyped_storage().nbytes() == 4 * 6 * 4
+    assert model.empty.shape == (0, 5)
+    assert not model.empty.requires_grad
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_derived_tensors_are_computed_after_meta(checkpoint: Path) -> None:
+    model = ModelLoader(SINGLE, settings(), SafetensorsLoader()).load(checkpoint).model
+    rotary = model.model.rotary_emb
+    assert torch.equal(rotary.inv_freq, inverse_frequencies(model.config.rope, model.config.head_dim))
+    assert 0 < rotary.inv_freq.min() < rotary.inv_freq.max() < 1
+    positions = torch.arange(128, dtype=torch.float32)
+    angles = torch.outer(positions, rotary.inv_freq)
+    assert torch.equal(rotary.cos_sin_cache, torch.cat((angles.cos(), angles.sin()), dim=-1))
+    assert rotary.tensor_classes() == {"inv_freq": "derived", "cos_sin_cache": "derived"}
+    assert "inv_freq" not in dict(model.state_dict())
+
+
+def test_the_cache_is_run_time_state(checkpoint: Path) -> None:
+    model = ModelLoader(SINGLE, settings(), SafetensorsLoader()).load(checkpoint).model
+    attention = model.model.decoder_layers[0].self_attn
+    assert vars(attention)["k_cache"] is None
+    generate(model, PROMPTS, max_new_tokens=2)
+    assert isinstance(vars(attention)["k_cache"], torch.Tensor)
+    assert attention.tensor_classes() == {"k_cache": "runtime", "v_cache": "runtime"}
+    assert not any("cache" in name for name, _ in [*model.named_parameters(), *model.named_buffers()])
+    model.release_cache()
+    assert vars(attention)["k_cache"] is None
+
+
+def test_dummy_is_seeded_and_complete(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    one, other = Recorder(), Recorder()
+    for hooks, layout in ((one, KernelLayout.PLAIN), (other, KernelLayout.PACKED)):
+        loader = ModelLoader(SINGLE, settings(layout, LoadFormat.DUMMY), SafetensorsLoader(), hooks)
+        model = loader.load(checkpoint).model
+        assert len(generate(model, PROMPTS, max_new_tokens=2)) == len(PROMPTS)
+    assert all(torch.equal(tensor, other.raw[name]) for name, tensor in one.raw.items())
+    assert all(0 < tensor.abs().max() <= 1e-3 for tensor in one.raw.values())
+    assert len({tensor.sum().item() for tensor in one.raw.values()}) == len(one.raw)
+
+
+def test_a_parameter_that_no_layer_fills_is_an_error(checkpoint: Path) -> None:
+    model = construct(read_config(checkpoint), {}, LayerContext(SINGLE, torch.float32))
+    model.model.norm.register_parameter("extra", nn.Parameter(torch.empty(3), requires_grad=False))
+    materialize(model, CPU)
+    with pytest.raises(CheckpointError, match=r"parameter model\.norm\.extra was not filled"):
+        model.load_weights(Weights.of(load_file(checkpoint / "model.safetensors")))
+
+
+def test_a_model_without_aliases_does_not_run(checkpoint: Path) -> None:
+    model = construct(read_config(checkpoint), {}, LayerContext(SINGLE, torch.float32))
+    materialize(model, CPU)
+    model.load_weights(Weights.of(load_file(checkpoint / "model.safetensors")))
+    with pytest.raises(RuntimeError, match="post_load_weights"):
+        generate(model, PROMPTS, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count", "words"),
+    [
+        ([[]], 1, "prompt 0 is empty"),
+        ([[1], [97]], 1, "prompt 1 has a token outside"),
+        ([[-1]], 1, "outside"),
+        ([[1] * 120], 9, "exceed the model's 128 positions"),
+        ([[1]], 0, "max_new_tokens is 0"),
+    ],
+)
+def test_bad_prompts(prompts: list[list[int]], count: int, words: str, checkpoint: Path) -> None:
+    model = ModelLoader(SINGLE, settings(), SafetensorsLoader()).load(checkpoint).model
+    with pytest.raises(ConfigError, match=words):
+        generate(model, prompts, max_new_tokens=count)
+    assert generate(model, [], max_new_tokens=1) == []
