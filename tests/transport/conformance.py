@@ -216,12 +216,12 @@ class Conformance:
         pair.connection.fence(soon())
         pair.connection.fence(soon())
         for part in pair.parts:
-            part[:] = 0x55
+            part[:] = 0x54
         with pytest.raises(PeerLost):
             pair.connection.read(Span(0, 10), pair.into)
         with pytest.raises(PeerLost):
             pending.wait(soon())
-        assert np.all(joined(pair.parts) == 0x55)
+        assert np.all(joined(pair.parts) == 0x54)
 
     def test_a_fence_ends_one_connection_and_no_other(self, build: Build) -> None:
         pair = build(1000)
@@ -326,10 +326,10 @@ class Conformance:
             assert not backend.frozen_source_stalls
         connection.fence(soon())
         for part in parts:
-            part[:] = 0x77
+            part[:] = 0x76
         source.resume()
         time.sleep(0.7)
-        assert np.all(joined(parts) == 0x77)
+        assert np.all(joined(parts) == 0x76)
         again = transport.connect(source.endpoint, LEASE, soon())  # and the source is none the worse
         again.read(Span(0, 48 * MIB), into).wait(soon())
         again.fence(soon())

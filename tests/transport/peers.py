@@ -39,9 +39,9 @@ def soon(seconds: float = 10.0) -> float:
 
 
 def pattern(nbytes: int, seed: int = 1) -> Bytes:
-    """Bytes in which every aligned 8 differ from all others, none of the runs being a sentinel."""
+    """Bytes that differ everywhere and are all odd: no zero, and nothing that an even sentinel could pass for."""
     words = np.arange(seed, seed + nbytes // 8 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15 | 1)
-    return words.view(np.uint8)[:nbytes].copy()
+    return words.view(np.uint8)[:nbytes] | np.uint8(1)
 
 
 def space(content: Bytes, pieces: int = 1, base: int = 0, seed: int = 0) -> tuple[AddressSpace, list[Bytes]]:

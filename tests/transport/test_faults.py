@@ -121,7 +121,7 @@ def test_h64_a_duplicate_lands_late_on_memory_that_was_refilled(rig: Rig) -> Non
     pair = rig.build(FaultPlan(script={(0, 0): Duplicate(0.1)}))
     pair.connection.read(ALL, pair.into).wait(soon())
     for part in pair.parts:
-        part[:] = 0x33
+        part[:] = 0x32
     time.sleep(0.3)
     assert np.array_equal(joined(pair.parts), pair.content)  # the refill is gone: what a fence is for
 
@@ -131,9 +131,9 @@ def test_h64_a_fence_stops_the_duplicate(rig: Rig) -> None:
     pair.connection.read(ALL, pair.into).wait(soon())
     pair.connection.fence(soon())
     for part in pair.parts:
-        part[:] = 0x33
+        part[:] = 0x32
     time.sleep(0.3)
-    assert np.all(joined(pair.parts) == 0x33)
+    assert np.all(joined(pair.parts) == 0x32)
 
 
 def test_an_unfenceable_peer_ends_in_a_timeout(rig: Rig) -> None:

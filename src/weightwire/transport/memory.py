@@ -49,8 +49,8 @@ def views(segments: Sequence[Segment]) -> deque[memoryview]:
 
 
 def consume(buffers: deque[memoryview], nbytes: int) -> None:
-    """Drop the first ``nbytes`` of ``buffers``: what a partial send or receive has done with."""
-    while nbytes:
+    """Drop the first ``nbytes`` of ``buffers``, and empty ones: what a partial send or receive has done with."""
+    while buffers and (nbytes or not buffers[0].nbytes):
         first = buffers[0]
         if first.nbytes > nbytes:
             buffers[0] = first[nbytes:]

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -70,10 +70,12 @@ class TcpConnection:
     Args:
         stream: past its greeting; owned from now on.
         peer: ``host:port``, for messages.
+        fenced: told once, when the fence has succeeded.
     """
 
-    def __init__(self, stream: Stream, peer: str) -> None:
+    def __init__(self, stream: Stream, peer: str, fenced: Callable[[TcpConnection], None]) -> None:
         self.peer = peer
+        self._tell = fenced
         self._stream = stream
         self._stage = Stage()
         self._state = threading.Condition()
@@ -139,6 +141,7 @@ class TcpConnection:
             self._closed = True
             self._unsent.clear()
             self._sent.clear()
+        self._tell(self)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

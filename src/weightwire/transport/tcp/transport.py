@@ -7,7 +7,6 @@ import secrets
 import socket
 import threading
 import time
-import weakref
 from collections.abc import Sequence
 
 from weightwire.auth import Secret
@@ -59,7 +58,7 @@ class TcpTransport:
         self._settings = settings or TcpSettings()
         self._ledger = Ledger()
         self._lock = threading.Lock()
-        self._connections: weakref.WeakSet[TcpConnection] = weakref.WeakSet()
+        self._connections: set[TcpConnection] = set()  # until fenced, also where their user has lost them
         self._closed = False
         self._incarnation = secrets.token_bytes(frames.INCARNATION_BYTES)
         self._server: Server | None = None
@@ -119,10 +118,14 @@ class TcpTransport:
         except AuthError:
             stream.close()
             raise
-        connection = TcpConnection(stream, peer)
+        connection = TcpConnection(stream, peer, self._forget)
         with self._lock:
             self._connections.add(connection)
         return connection
+
+    def _forget(self, connection: TcpConnection) -> None:
+        with self._lock:
+            self._connections.discard(connection)
 
     def deregister(self, registration: Registration, deadline: float) -> None:
         """Serve it no more; connections that are still sending from it at ``deadline`` are cut.

@@ -1,0 +1,154 @@
+"""The tcp backend against sources in processes of their own, which are killed, frozen and told to withdraw."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from transport import backends
+from transport.peers import LEASE, MIB, Bytes, SourceProcess, joined, pattern, soon, space, thread
+
+from weightwire.errors import GenerationMoved, PeerLost, PeerStalled
+from weightwire.transport.base import Registration
+from weightwire.transport.tcp import TcpTransport
+from weightwire.transport.tcp.connection import TcpConnection, TcpRead
+from weightwire.types import Span
+
+NBYTES = 192 * MIB
+"""Far more than both sockets' buffers hold."""
+
+
+class Reader:
+    """This process, with empty memory, connected to a source of ``NBYTES`` in another."""
+
+    def __init__(self, source: SourceProcess) -> None:
+        self.source = source
+        self.transport: TcpTransport = backends.tcp(None)
+        memory, self.parts = space(np.zeros(NBYTES, dtype=np.uint8), 5)
+        self.into: Registration = self.transport.register(memory)
+        self.connection: TcpConnection = self.transport.connect(source.endpoint, LEASE, soon())
+
+    def start(self) -> TcpRead:
+        """A read of everything that has really begun and is not done."""
+        read = self.connection.read(Span(0, NBYTES), self.into)
+        while not self.landed()[:MIB].all():
+            with pytest.raises(PeerStalled):
+                read.wait(soon(0.005))
+        assert not read.finished
+        return read
+
+    def landed(self) -> Bytes:
+        return joined(self.parts)
+
+
+@pytest.fixture
+def reader() -> Iterator[Reader]:
+    with SourceProcess("transport.backends:tcp", NBYTES, 4) as source:
+        made = Reader(source)
+        yield made
+        made.transport.close()
+
+
+def test_h26_a_source_killed_in_mid_read_is_lost_at_once(
+    reader: Reader, record_property: Callable[[str, object], None]
+) -> None:
+    read = reader.start()
+    reader.source.kill()
+    began = time.monotonic()
+    with pytest.raises(PeerLost):
+        read.wait(soon(20))
+    noticed = time.monotonic() - began
+    record_property("noticed_s", round(noticed, 4))
+    assert noticed < 1.0
+
+
+def test_h27_a_source_frozen_in_mid_read_stalls_at_the_deadline_and_can_go_on(reader: Reader) -> None:
+    read = reader.start()
+    reader.source.freeze()
+    for _ in range(2):
+        began = time.monotonic()
+        with pytest.raises(PeerStalled):
+            read.wait(soon(0.5))
+        assert 0.4 < time.monotonic() - began < 1.5
+    reader.source.resume()
+    read.wait(soon(30))
+    assert np.array_equal(reader.landed(), pattern(NBYTES))
+
+
+def test_h32_a_source_frozen_in_mid_read_and_fenced_writes_nothing_when_it_goes_on(reader: Reader) -> None:
+    read = reader.start()
+    reader.source.freeze()
+    began = time.monotonic()
+    reader.connection.fence(soon(2))
+    assert time.monotonic() - began < 0.5
+    for part in reader.parts:
+        part[:] = 0x76
+    reader.source.resume()
+    time.sleep(1.0)
+    with pytest.raises(PeerLost):
+        read.wait(soon())
+    assert np.all(reader.landed() == 0x76)
+
+
+def test_h32_a_fence_from_another_thread_stops_a_receive_at_full_speed(reader: Reader) -> None:
+    for attempt in range(8):
+        connection = reader.transport.connect(reader.source.endpoint, LEASE, soon())
+        read = connection.read(Span(0, NBYTES), reader.into)
+        ended: list[type[Exception]] = []
+
+        def wait(read: TcpRead = read, ended: list[type[Exception]] = ended) -> None:
+            try:
+                read.wait(soon(20))
+            except PeerLost as error:
+                ended.append(type(error))
+
+        with thread(wait):
+            time.sleep(0.003 * (attempt + 1))
+            connection.fence(soon())
+            for part in reader.parts:
+                part[:] = 0x76
+        assert read.finished or ended == [PeerLost]
+        assert np.all(reader.landed() == 0x76)
+
+
+def test_h29_a_source_that_withdraws_in_mid_read_cuts_us_off_before_it_changes_a_byte(reader: Reader) -> None:
+    read = reader.start()
+    reader.source.order("deregister 0.2")  # nobody takes bytes meanwhile: it must cut
+    assert 0.15 < reader.source.answer() < 2.0
+    reader.source.order("fill 238")
+    reader.source.answer()
+    with pytest.raises(PeerLost):
+        read.wait(soon())
+    landed = reader.landed()
+    assert np.all((landed == 0) | (landed == pattern(NBYTES)))
+    again = reader.transport.connect(reader.source.endpoint, LEASE, soon())
+    with pytest.raises(GenerationMoved):
+        again.read(Span(0, 10), reader.into).wait(soon())
+
+
+def test_h29_a_withdrawal_waits_for_a_read_that_makes_progress(reader: Reader) -> None:
+    read = reader.start()
+    reader.source.order("deregister 20")
+    read_error: type[Exception] | None = None
+    try:
+        read.wait(soon(30))
+    except GenerationMoved as error:  # the parts of this long read that had not begun
+        read_error = type(error)
+    assert read_error is GenerationMoved
+    assert reader.source.answer() < 10
+    landed = reader.landed()
+    expected = pattern(NBYTES)
+    assert np.array_equal(landed[: 64 * MIB], expected[: 64 * MIB])
+    assert np.all((landed == 0) | (landed == expected))
+
+
+def test_a_source_that_closes_ends_its_readers(reader: Reader) -> None:
+    read = reader.start()
+    reader.source.order("close")
+    assert reader.source.answer() < 5
+    with pytest.raises(PeerLost):
+        read.wait(soon())
+    with pytest.raises(PeerLost):
+        reader.transport.connect(reader.source.endpoint, LEASE, soon(1))
