@@ -159,7 +159,7 @@ class Source:
 
     def __init__(self, port: int = 0) -> None:
         self.gate = Gate()
-        settings = TcpSettings(greeting_s=0.4, greetings=4, idle_s=1.0)
+        settings = TcpSettings(greeting_s=0.4, greetings=4, sessions=20, idle_s=1.0)
         self.transport = TcpTransport(SECRET, self.gate, port=port, settings=settings)
         self.memory, self.parts = space(pattern(32 * MIB), 3)
         self.registration = self.gate.registration = self.transport.register(self.memory)

@@ -214,8 +214,10 @@ class Server:
     def _end_oldest_greeting(self) -> None:
         # An honest client is done in a round trip: whoever dawdles longest makes room.
         if len(self._greeting) > self._service.settings.greetings:
-            next(iter(self._greeting)).stream.cut()
-            del self._greeting[next(iter(self._greeting))]
+            oldest = next(iter(self._greeting))
+            oldest.stream.cut()
+            del self._greeting[oldest]
+            self._sessions.discard(oldest)
 
     def _start(self, session: Session) -> None:
         thread = threading.Thread(target=self._run, args=(session,), name="weightwire-tcp-serve", daemon=True)
