@@ -25,7 +25,7 @@ from weightwire.manifest.naming import Named, Stale, name_groups
 from weightwire.manifest.plan import MAX_NAME_CHARS
 from weightwire.manifest.records import Layout
 from weightwire.manifest.relations import Member, relate
-from weightwire.manifest.tree import Hidden, Slot, module_paths, slots
+from weightwire.manifest.tree import Hidden, Origin, Slot, module_paths, slots
 from weightwire.types import TensorClass
 
 POISON = 0xA5
@@ -70,6 +70,7 @@ class Catalogue:
         layout: what the module consists of.
         tensors: plain tensor of every entry by canonical name, sharing the module's memory.
         mirrors: see :class:`Mirror`; no part of the layout.
+        parameters: names of the entries that are parameters (not buffers or attributes).
     """
 
     def __init__(
@@ -79,12 +80,14 @@ class Catalogue:
         footprints: Mapping[str, Footprint],
         mirrors: tuple[Mirror, ...] = (),
         owners: object = None,
+        parameters: frozenset[str] = frozenset(),
     ) -> None:
         self.layout = layout
         self.tensors = dict(tensors)
         self.footprints = dict(footprints)
         self.mirrors = mirrors
         self.owners = owners
+        self.parameters = parameters
 
     @functools.cached_property
     def memory(self) -> AddressSpace:
@@ -234,17 +237,19 @@ def _storage(slot: Slot) -> int:
 
 
 def _assemble(layout: Layout, named: Iterable[Named]) -> Catalogue:
-    tensors, footprints, mirrors, owners = {}, {}, [], []
+    tensors, footprints, mirrors, owners, parameters = {}, {}, [], [], set()
     for item in named:
         name, tensor = item.entry.name, item.primary.slot.tensor
         assert tensor is not None
         tensors[name], footprints[name] = tensor.detach(), item.primary.footprint
+        if item.primary.slot.origin is Origin.PARAMETER:
+            parameters.add(name)
         for mirror in item.mirrors:
             owners.append(mirror.member.slot.tensor)
             primary = item.primary.footprint
             part = mirror.shown(primary).bytes_at()
             mirrors.append(Mirror(name, mirror.member.slot.name, mirror.member.footprint.bytes_at(), part))
-    return Catalogue(layout, tensors, footprints, tuple(mirrors), owners)
+    return Catalogue(layout, tensors, footprints, tuple(mirrors), owners, frozenset(parameters))
 
 
 def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 
 from weightwire.errors import CatalogueError
 
-MAX_CONTAINER_DEPTH = 8
+MAX_CONTAINER_DEPTH = 32
 _OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)
 _PLAIN = (str, bytes, int, float, complex, type(None))
 
