@@ -1,0 +1,1 @@
+"""Where sources are found: client, life cycle, selection, decisions, store and server."""

@@ -28,7 +28,7 @@ MAX_ENDPOINT_BYTES = 64 * 1024 * 1024
 """As ``transport.base`` has it (which stands beside this package, not below it)."""
 MAX_TRANSPORTS = 16
 MAX_RANGES = 65_536
-MAX_DECISION_BYTES = 64 * 1024
+MAX_DECISION_BYTES = 256 * 1024
 MAX_WAIT_S = 3600.0
 
 TEXTS = {
@@ -74,17 +74,17 @@ COUNTS = {
     "replica_keys": 64,
     "family_keys": 64,
     "revisions": 64,
-    "replicas": 1024,
-    "groups": 256,
-    "loading": 256,
-    "others": 64,
-    "rejected": 256,
+    "replicas": 64,
+    "groups": 64,
+    "loading": 64,
+    "others": 16,
+    "rejected": 128,
     "exclude": 4096,
-    "candidates": 256,
+    "candidates": 64,
     "ranges": MAX_RANGES,
     "transports": MAX_TRANSPORTS,
 }
-"""Most elements of each repeated field."""
+"""Most elements of each repeated field; every answer stays below ``MAX_MESSAGE_BYTES`` with all of them full."""
 
 BYTES = {"lease": 256, "value": MAX_DECISION_BYTES}
 """Longest legal byte strings."""
