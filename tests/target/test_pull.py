@@ -79,6 +79,9 @@ class Peer:
         self.connections.append(wrapped)
         return wrapped
 
+    def watch(self, failed: Callable[[TransferError], None]) -> None:
+        self.failed = failed
+
 
 class Spoiled:
     """A connection whose n-th read goes wrong, counted over all lanes of the peer."""

@@ -1,15 +1,15 @@
 """Copy-on-transform: published raw bytes never move and never change while the model goes on to transform itself.
 
-Readers were told the addresses of the *original* storages, so those stay. Before a module's transform, every storage that
-it may change in place is cloned and all tensors on it (views and aliases anywhere in the model too) are re-pointed to the
-clone. Afterwards a clone that did not change is dropped and the tensors return to the original. What a transform *replaces*
-is left alone: the original lives on because the publication holds it.
+Readers were told the addresses of the *original* storages, so those stay. Before a module's transform, every storage
+that it may change in place is cloned and all tensors on it (views and aliases anywhere in the model too) are re-pointed
+to the clone. Afterwards a clone that did not change is dropped and the tensors return to the original. What a transform
+*replaces* is left alone: the original lives on because the publication holds it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,6 +38,10 @@ class Held:
         """All that is held now."""
         return self.in_place + self.replaced
 
+    def released(self) -> None:
+        """The publication let go of the originals."""
+        self.in_place = self.replaced = 0
+
 
 @dataclass(kw_only=True)
 class Snapshot:
@@ -54,8 +58,10 @@ class Snapshot:
 
     @contextlib.contextmanager
     def guard(self, module: nn.Module) -> Iterator[None]:
-        """Run one module's transform inside. Which storages it may change is what ``module.transform_effect()`` declares;
-        a module that declares nothing may change anything below it.
+        """Run one module's transform inside.
+
+        Which storages it may change is what ``module.transform_effect()`` declares; a module that declares nothing may
+        change anything below it.
         """
         before = _own_tensors(module)
         raw = {name: tensor for name, tensor in before.items() if _pointer(tensor) in self.published}
@@ -65,9 +71,8 @@ class Snapshot:
         finally:
             self._settle(clones)
             after = _own_tensors(module)
-            self.held.replaced += sum(
-                _bytes_of(tensor) for name, tensor in raw.items() if after.get(name) is not tensor
-            )
+            gone = [tensor for name, tensor in raw.items() if after.get(name) is not tensor]
+            self.held.replaced += sum(map(_bytes_of, gone))
 
     def _detach(self, tensors: list[torch.Tensor]) -> list[_Clone]:
         pointers = {_pointer(tensor) for tensor in tensors} & self.published
@@ -100,7 +105,8 @@ class _Clone:
     @classmethod
     def of(cls, users: list[torch.Tensor]) -> _Clone:
         original = users[0].untyped_storage()
-        clone = cls(original=original, copy=original.clone(), users=tuple(users))
+        copy: torch.UntypedStorage = original.clone()  # type: ignore[no-untyped-call]
+        clone = cls(original=original, copy=copy, users=tuple(users))
         for tensor in users:
             _repoint(tensor, clone.copy)
         return clone
@@ -118,10 +124,15 @@ class _Clone:
                 _repoint(tensor, self.original)
 
 
+def storages(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
+    """Data pointers of the storages that ``tensors`` lie in."""
+    return frozenset(map(_pointer, tensors))
+
+
 def _repoint(tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
     with torch.no_grad():
         fresh = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        tensor.data = fresh.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+        tensor.data = fresh.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _may_change(module: nn.Module, own: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -135,11 +146,8 @@ def _may_change(module: nn.Module, own: Mapping[str, torch.Tensor]) -> list[torc
 
 
 def _own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):  # noqa: SLF001
-        if isinstance(value, torch.Tensor):
-            found[name] = value
-    return found
+    held = (*module._parameters.items(), *module._buffers.items(), *vars(module).items())  # noqa: SLF001
+    return {name: value for name, value in held if isinstance(value, torch.Tensor)}
 
 
 def _all_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -165,7 +173,7 @@ def _inside(value: object) -> Iterator[torch.Tensor]:
 
 
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _bytes_of(tensor: torch.Tensor) -> int:

@@ -47,6 +47,10 @@ class Session(Protocol):
         """One more connection to the peer; raises TransferError or AuthError."""
         ...
 
+    def watch(self, failed: Callable[[TransferError], None]) -> None:
+        """Call ``failed``, from any thread, when the peer is known to be of no more use; returns at once."""
+        ...
+
 
 @dataclass(kw_only=True)
 class PeerShare:
@@ -189,6 +193,7 @@ class _PeerPull:
             threading.Thread(target=self._lane, name=f"weightwire-lane-{n}", daemon=True)
             for n in range(pull.bounds.lanes)
         ]
+        session.watch(self.fail)
         for thread in self.threads:
             thread.start()
 

@@ -65,7 +65,7 @@ class Connection(Protocol):
 
     @property
     def path(self) -> str:
-        """What really carries the bytes, for logs and reports: ``tcp``, ``inproc``, ``nixl/ucx:cma`` …"""
+        """What really carries the bytes, for logs and reports: ``tcp``, ``inproc``, ``nixl/ucx:cma``."""
         ...
 
     @property

@@ -1,0 +1,67 @@
+"""weightwire: a starting inference replica takes its weights from a running one.
+
+    with weightwire.publish(module, identity, url="host:port"):
+        ...serve...
+
+    report = weightwire.receive(module, identity, url="host:port")
+
+Importing this package imports nothing heavy: names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weightwire.config import Settings
+    from weightwire.errors import WeightwireError
+    from weightwire.identity.identity import Identity, module_identity
+    from weightwire.loaders.module import Published, publish, ranks, receive
+    from weightwire.manifest.construction import capture
+    from weightwire.target.report import LoadReport
+    from weightwire.types import Coordinates, Stage
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Coordinates": "weightwire.types",
+    "Identity": "weightwire.identity.identity",
+    "LoadReport": "weightwire.target.report",
+    "Published": "weightwire.loaders.module",
+    "Settings": "weightwire.config",
+    "Stage": "weightwire.types",
+    "WeightwireError": "weightwire.errors",
+    "capture": "weightwire.manifest.construction",
+    "module_identity": "weightwire.identity.identity",
+    "publish": "weightwire.loaders.module",
+    "ranks": "weightwire.loaders.module",
+    "receive": "weightwire.loaders.module",
+}
+
+__all__ = [
+    "Coordinates",
+    "Identity",
+    "LoadReport",
+    "Published",
+    "Settings",
+    "Stage",
+    "WeightwireError",
+    "capture",
+    "module_identity",
+    "publish",
+    "ranks",
+    "receive",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,145 @@
+"""The live checkpoint loader: the native runtime's ``CheckpointLoader`` that prefers a running replica to the disk.
+
+The fallback ladder is explicit: peers (all that serve these weights, in turn), then the disk, then a typed error. Every
+rung is a ``Step`` in the report, and all ranks are on the same one, because each step down is a recorded decision.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from weightwire.config import OnMiss
+from weightwire.errors import CheckpointError, FenceTimeout, LoadError, WeightwireError
+from weightwire.manifest import state as declared
+from weightwire.manifest.catalogue import ConstructionNames, catalogue
+from weightwire.manifest.records import Manifest
+from weightwire.manifest.tree import module_paths
+from weightwire.observability.metrics import process_metrics
+from weightwire.runtime import post_load
+from weightwire.runtime.checkpoint.protocol import CheckpointLoader, Injected, LoadRequest, Weights
+from weightwire.runtime.config import BuildFacts, ModelConfig
+from weightwire.target.receiver import Receiver
+from weightwire.target.report import LoadReport, Step
+from weightwire.types import Stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class LiveCheckpointLoader:
+    """Finds before construction, fills after it, and falls back to ``disk``. One load a object.
+
+    Attributes:
+        disk: reads a checkpoint directory.
+        receive: makes the receiver for a config, or ``None`` where nothing is to be asked for (a pure source).
+        on_miss: what to do where no peer can serve.
+        names: gives the names captured at construction, once the model was constructed.
+        report: of the load, whichever way it went.
+        manifest: of the received bytes; ``None`` after a disk load.
+    """
+
+    disk: CheckpointLoader
+    receive: Callable[[ModelConfig], Receiver | None]
+    on_miss: OnMiss
+    names: Callable[[], ConstructionNames]
+    report: LoadReport = field(default_factory=LoadReport)
+    manifest: Manifest | None = None
+    _receiver: Receiver | None = None
+    _missed: WeightwireError | None = None
+
+    def load_config(self, checkpoint_dir: Path) -> ModelConfig:
+        """From the directory: a target has config and tokenizer, if nothing else."""
+        return self.disk.load_config(checkpoint_dir)
+
+    def build_facts(self, checkpoint_dir: Path, config: ModelConfig) -> BuildFacts:
+        """The source's, where one is found; else what the files tell.
+
+        Raises:
+            LoadError: no source, and the disk is not to be read.
+        """
+        receiver = self.receive(config)
+        if receiver is None:
+            return self.disk.build_facts(checkpoint_dir, config)
+        self.report = receiver.report
+        try:
+            offer = receiver.find()
+        except WeightwireError as error:
+            self._miss(error)
+            return self.disk.build_facts(checkpoint_dir, config)
+        self._receiver = receiver
+        facts: BuildFacts = {}
+        for name, value in offer.header.build_facts.items():
+            assert not isinstance(value, list | dict), name  # the codec and the planner bound it; the config refuses it
+            facts[name] = value
+        return facts
+
+    def load_weights(self, request: LoadRequest) -> Injected | Weights:
+        """Pull from peers, or hand over the disk's tensors.
+
+        Raises:
+            LoadError: neither worked, or the disk is not to be read.
+            FenceTimeout: a peer may still write into this memory: the process must end.
+        """
+        if self._receiver is not None:
+            try:
+                return self._pull(request.model, self._receiver)
+            except FenceTimeout:
+                raise
+            except WeightwireError as error:
+                post_load.prepare_raw(request.model)
+                self._miss(error)
+        return self._read_disk(request)
+
+    def cleanup(self) -> None:
+        """Close files."""
+        self.disk.cleanup()
+
+    def _pull(self, model: nn.Module, receiver: Receiver) -> Injected:
+        stage = Stage(receiver.report.stage)
+        try:
+            if stage is Stage.PROCESSED:
+                post_load.prepare_processed(model)
+            names = self.names()
+            declared.apply(module_paths(model, names.modules), receiver.manifest.layout.state)
+            described = catalogue(model, names)
+        except WeightwireError as error:
+            receiver.decline(error)
+            raise
+        report = receiver.fill(described)
+        self.manifest = receiver.manifest
+        return Injected("PROCESSED" if stage is Stage.PROCESSED else "LOADED", report)
+
+    def _read_disk(self, request: LoadRequest) -> Weights:
+        began = time.monotonic()
+        where = str(request.checkpoint_dir)
+        try:
+            weights = self.disk.load_weights(request)
+            assert isinstance(weights, Weights)
+        except CheckpointError as error:
+            self.report.steps.append(Step(way="disk", who=where, outcome="failed", reason=error.problem))
+            if self._missed is None:
+                raise
+            raise LoadError(
+                f"no peer ({self._missed.problem}) and no disk ({error.problem})", self._missed.remedy or error.remedy
+            ) from error
+        self.report.source, self.report.stage = "disk", ""
+        seconds = time.monotonic() - began
+        self.report.steps.append(Step(way="disk", who=where, outcome="ok", seconds=seconds))
+        if self._missed is not None:
+            process_metrics().slow_path("peer", "disk")
+        return weights
+
+    def _miss(self, error: WeightwireError) -> None:
+        """A step down: take note, or end it where the disk is not to be read."""
+        self._missed = error
+        if not self.report.steps or self.report.steps[-1].outcome != "failed":
+            self.report.steps.append(Step(way="peer", who="", outcome="failed", reason=error.problem))
+        if self.on_miss is OnMiss.FAIL:
+            raise LoadError(f"no peer ({error.problem}), and on_miss is fail", error.remedy) from error
+        log.warning("no peer: %s; reading the disk instead", error)

@@ -1,0 +1,173 @@
+"""One process as a source: its incarnation, its endpoints, and everything that it publishes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+
+from weightwire.auth import Secret
+from weightwire.errors import GenerationMoved, ProtocolError
+from weightwire.manifest.records import Manifest
+from weightwire.metadata.api import Keeping, Metadata
+from weightwire.observability.metrics import Metrics, process_metrics
+from weightwire.source.publication import Claim, Publication
+from weightwire.transport.base import ReadGate, Registration, Transport
+from weightwire.transport.host import host_id
+from weightwire.types import Span
+from weightwire.wire.messages import ManifestHeader, OpenRead, PeerStatus, ProgressUpdate, ReadGrant
+from weightwire.wire.peer_service import PeerServer
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.5
+STOP_S = 2.0
+
+Transports = Callable[[Callable[[str], ReadGate]], Mapping[str, Transport]]
+"""Opens the transports that serve, given a gate for each by name."""
+
+
+class Node:
+    """A ``PeerService`` with its servers. Open until ``close``, which withdraws everything.
+
+    Args:
+        metadata: where publications are announced.
+        keeper: keeps their leases.
+        secret: the shared secret.
+        open_transports: see :data:`Transports`.
+        bind: address that the peer endpoint listens on.
+        advertise: address or name under which other hosts reach it.
+
+    Raises:
+        ConfigError: an address cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        *,
+        metadata: Metadata,
+        keeper: Keeping,
+        secret: Secret,
+        open_transports: Transports,
+        bind: str,
+        advertise: str,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.incarnation = uuid.uuid4().hex
+        self.host = host_id()
+        self.metadata = metadata
+        self.keeper = keeper
+        self.metrics = metrics or process_metrics()
+        self._lock = threading.Lock()
+        self._publications: dict[str, Publication] = {}
+        self._closing = threading.Event()
+        self.transports = dict(open_transports(lambda name: _Gate(self, name)))
+        self._server = PeerServer(self, secret, bind)
+        host = f"[{advertise}]" if ":" in advertise else advertise
+        self.endpoints: tuple[str, ...] = (f"{host}:{self._server.port}",)
+        self._ticker = threading.Thread(target=self._tick, name="weightwire-tick", daemon=True)
+        self._ticker.start()
+
+    def announce(self, claim: Claim) -> Publication:
+        """Tell the metadata server that this shard is being loaded here; bytes follow with ``hold`` and ``offer``.
+
+        Raises:
+            ProtocolError: this process already publishes under that key.
+        """
+        publication = Publication(self, claim)
+        with self._lock:
+            if claim.shard_key in self._publications:
+                raise ProtocolError("this process already publishes this shard", "withdraw the other one first")
+            self._publications[claim.shard_key] = publication
+        self.keeper.add(publication)
+        return publication
+
+    def forget(self, publication: Publication) -> None:
+        """See ``publication.Home``."""
+        with self._lock:
+            if self._publications.get(publication.claim.shard_key) is publication:
+                del self._publications[publication.claim.shard_key]
+
+    def close(self, drain_s: float = STOP_S) -> None:
+        """Withdraw everything, give readers ``drain_s``, stop serving. Bounded; idempotent."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        with self._lock:
+            open_ = list(self._publications.values())
+        for publication in open_:
+            publication.withdraw(drain_s)
+        self._server.stop(STOP_S)
+        for transport in self.transports.values():
+            transport.close()
+
+    # ---- PeerService
+
+    def status(self, shard_key: str) -> PeerStatus:
+        """See ``PeerService``."""
+        return self._publication(shard_key).status()
+
+    def manifest(self, shard_key: str) -> tuple[ManifestHeader, Manifest]:
+        """See ``PeerService``."""
+        return self._publication(shard_key).manifest()
+
+    def open_read(self, request: OpenRead) -> ReadGrant:
+        """See ``PeerService``."""
+        return self._publication(request.shard_key).open_read(request)
+
+    def progress(self, lease: bytes, since: int) -> Iterator[ProgressUpdate]:
+        """See ``PeerService``."""
+        return self._under(lease).progress_of(lease, since)
+
+    def close_read(self, lease: bytes) -> None:
+        """See ``PeerService``."""
+        for publication in self._all():
+            if lease in publication.leases:
+                publication.close_read(lease)
+
+    def self_check(self, shard_key: str, leaf: int) -> bool:
+        """See ``PeerService``."""
+        return self._publication(shard_key).recheck(leaf)
+
+    def admit(self, lease: bytes, span: Span, transport: str) -> Registration:
+        """What a transport may serve under ``lease``; see ``LeaseTable.admit``."""
+        return self._under(lease).leases.admit(lease, span, transport)
+
+    def _publication(self, shard_key: str) -> Publication:
+        with self._lock:
+            found = self._publications.get(shard_key)
+        if found is None:
+            raise GenerationMoved("this shard is not published here", "ask for another source")
+        return found
+
+    def _under(self, lease: bytes) -> Publication:
+        for publication in self._all():
+            if lease in publication.leases:
+                return publication
+        raise GenerationMoved("the read lease is over", "open a new one; the source may have withdrawn")
+
+    def _all(self) -> list[Publication]:
+        with self._lock:
+            return list(self._publications.values())
+
+    def _tick(self) -> None:
+        while not self._closing.wait(TICK_S):
+            began = time.monotonic()
+            for publication in self._all():
+                publication.tick()
+            if time.monotonic() - began > TICK_S:
+                log.debug("a tick took %.1f s", time.monotonic() - began)
+
+
+class _Gate:
+    """A transport's gate: the node's, with the transport's name."""
+
+    def __init__(self, node: Node, transport: str) -> None:
+        self._node = node
+        self._transport = transport
+
+    def admit(self, lease: bytes, span: Span) -> Registration:
+        """See ``transport.base.ReadGate``."""
+        return self._node.admit(lease, span, self._transport)

@@ -1,0 +1,440 @@
+"""One shard that this process announces, serves and withdraws: the life cycle, driven.
+
+Decisions are the pure state machine's (``metadata.lifecycle``); this object carries its actions out, in order, and
+keeps what it serves alive and unchanged until nobody reads it any more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import nn
+
+from weightwire.errors import GenerationMoved, ProtocolError, PublishError, TransferError, WeightwireError
+from weightwire.identity.identity import Identity
+from weightwire.manifest.address import AddressSpace
+from weightwire.manifest.digest import digest_span
+from weightwire.manifest.records import Manifest
+from weightwire.metadata import lifecycle
+from weightwire.metadata.api import Keeping, Metadata
+from weightwire.metadata.lifecycle import Life
+from weightwire.observability.metrics import Metrics
+from weightwire.source.leases import LeaseTable, ReadLease
+from weightwire.source.snapshot import Held, Snapshot, storages
+from weightwire.transport.base import Registration, Transport
+from weightwire.types import Coordinates, Json
+from weightwire.wire.messages import (
+    LeafRange,
+    ManifestHeader,
+    OpenRead,
+    PeerStatus,
+    ProgressUpdate,
+    PublicationRecord,
+    PublicationState,
+    ReadGrant,
+    Withdrawal,
+)
+
+log = logging.getLogger(__name__)
+
+LEASE_TTL_S = 30.0
+"""A reader that shows no sign of life for so long has gone."""
+DRAIN_S = 10.0
+"""What readers get to finish before they are cut off."""
+PROGRESS_BEAT_S = 1.0
+"""Between two signs of life on a progress stream; well below any reader's stall bound."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a publication is of: fixed for its life.
+
+    Attributes:
+        identity: at the stage of its bytes.
+        coordinates: this rank's.
+        world_size: ranks of the replica.
+        replica_incarnation: one life of the replica; equal on all its ranks.
+        ordinal: the operator's ordering of weights.
+        build_facts: what construction learnt from the checkpoint.
+    """
+
+    identity: Identity
+    coordinates: Coordinates
+    world_size: int
+    replica_incarnation: str
+    ordinal: int = 0
+    build_facts: Mapping[str, Json] = field(default_factory=dict)
+
+    @property
+    def shard_key(self) -> str:
+        """The key that it is found under."""
+        return self.identity.shard_key(self.coordinates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding:
+    """What a publication serves.
+
+    Attributes:
+        manifest: what the bytes are.
+        memory: where they are; keeps them alive.
+        weights_id: of the whole replica.
+    """
+
+    manifest: Manifest
+    memory: AddressSpace
+    weights_id: str
+
+
+class Home(Protocol):
+    """The process that a publication lives in (``source.node.Node``)."""
+
+    incarnation: str
+    host: str
+    endpoints: tuple[str, ...]
+    transports: dict[str, Transport]
+    metadata: Metadata
+    keeper: Keeping
+    metrics: Metrics
+
+    def forget(self, publication: Publication) -> None:
+        """The publication is over."""
+        ...
+
+
+class Publication:
+    """Made by ``Node.announce``; ``LOADING`` at first. Thread-safe. See the module.
+
+    Attributes:
+        claim: what it is of.
+        leases: open read leases.
+        held: bytes kept a second time for readers of the raw stage.
+        unregistered: transport name -> why it could not register the memory.
+    """
+
+    def __init__(self, home: Home, claim: Claim) -> None:
+        self.claim = claim
+        self.leases = LeaseTable()
+        self.held = Held()
+        self.unregistered: dict[str, str] = {}
+        self._home = home
+        self._life = Life()
+        self._lock = threading.RLock()
+        self._quiet = threading.Event()
+        self._holding: Holding | None = None
+        self._registrations: dict[str, Registration] = {}
+        self._retraction: lifecycle.Retract | None = None
+        self._done = (0, 0)
+
+    # ---- what its owner calls
+
+    def progress(self, done: int, total: int) -> None:
+        """How far loading is, in bytes; others may wait for it while this moves."""
+        self._done = (done, total)
+
+    def hold(self, holding: Holding) -> None:
+        """The bytes are in place and digested: ``HELD`` until ``offer``.
+
+        Raises:
+            PublishError: no transport can serve this memory; nothing is offered then.
+        """
+        with self._lock:
+            self._holding = holding
+            self._register(holding.memory)
+            self._apply(lifecycle.Digested(time.monotonic()))
+
+    def offer(self) -> None:
+        """The engine says that the bytes may be read."""
+        with self._lock:
+            self.leases.serve(self._registrations)
+            self._apply(lifecycle.Offer(time.monotonic()))
+
+    def guard(self, model: nn.Module) -> Snapshot:
+        """Copy-on-transform for ``model``; enter ``.guard(module)`` around every transform."""
+        owners = self._held_now().memory.owners
+        assert isinstance(owners, list)
+        return Snapshot(model=model, published=storages(owners), held=self.held)
+
+    def pause(self, drain_s: float = DRAIN_S) -> None:
+        """Return once nobody reads and nobody can: the bytes may change then.
+
+        New readers are refused at once; those under way get ``drain_s``. Idempotent.
+        """
+        self._quiet.clear()
+        self._apply(lifecycle.Pause(time.monotonic(), drain_s))
+        self._await_quiet(drain_s)
+
+    def resume(self, manifest: Manifest | None = None, weights_id: str = "") -> None:
+        """Offer again after ``pause``.
+
+        Args:
+            manifest: of the new bytes, if they changed.
+            weights_id: of the replica with the new bytes, if they changed.
+        """
+        with self._lock:
+            holding = self._held_now()
+            if manifest is not None:
+                holding = Holding(manifest=manifest, memory=holding.memory, weights_id=weights_id)
+                self._holding = holding
+            self._register(holding.memory)
+            self.leases.serve(self._registrations)
+            self._quiet.clear()
+            self._apply(lifecycle.Resume(time.monotonic()))
+
+    def withdraw(self, drain_s: float = DRAIN_S) -> None:
+        """End it: no new readers, another generation, and the server is told; readers get ``drain_s`` to leave.
+
+        Returns when the bytes may change or be freed, also with the server down. Idempotent.
+        """
+        if self._life.published:
+            self._quiet.clear()
+            self._apply(lifecycle.Withdraw(time.monotonic(), drain_s))
+        self._retract()
+        self._await_quiet(drain_s)
+        self._home.forget(self)
+        self._holding = None
+        self.held.released()
+
+    # ---- what the peer endpoint asks
+
+    @property
+    def state(self) -> PublicationState:
+        """As announced."""
+        return self._life.state
+
+    @property
+    def served(self) -> list[str]:
+        """Names of the transports that serve it."""
+        return list(self._registrations)
+
+    @property
+    def generation(self) -> int:
+        """Of the published bytes."""
+        return self._life.generation
+
+    def status(self) -> PeerStatus:
+        """See ``PeerService.status``."""
+        with self._lock:
+            holding = self._holding
+            return PeerStatus(
+                shard_key=self.claim.shard_key,
+                incarnation=self._home.incarnation,
+                generation=self._life.generation,
+                state=self._life.state,
+                content_id=holding.manifest.content_id if holding else "",
+                derived_id=holding.manifest.derived_id if holding else "",
+                weights_id=holding.weights_id if holding else "",
+            )
+
+    def manifest(self) -> tuple[ManifestHeader, Manifest]:
+        """See ``PeerService.manifest``."""
+        with self._lock:
+            holding = self._offered()
+            header = ManifestHeader(
+                shard_key=self.claim.shard_key,
+                incarnation=self._home.incarnation,
+                generation=self._life.generation,
+                content_id=holding.manifest.content_id,
+                derived_id=holding.manifest.derived_id,
+                weights_id=holding.weights_id,
+                stage=self.claim.identity.stage,
+                role=self.claim.identity.role,
+                coordinates=self.claim.coordinates,
+                revision=self.claim.identity.revision or "",
+                ordinal=self.claim.ordinal,
+                build_facts=dict(self.claim.build_facts),
+            )
+            return header, holding.manifest
+
+    def open_read(self, request: OpenRead) -> ReadGrant:
+        """See ``PeerService.open_read``."""
+        with self._lock:
+            holding = self._offered()
+            if request.content_id != holding.manifest.content_id:
+                raise GenerationMoved("the source holds other weights now", "ask for sources again")
+            lease = self.leases.grant(request.reader, request.transports)
+            now = time.monotonic()
+            self._apply(lifecycle.ReaderOpened(now, lease.token, now + LEASE_TTL_S))
+            try:
+                endpoints = self._endpoints(lease)
+            except WeightwireError:
+                self.close_read(lease.token)
+                raise
+            log.info("reader %s opened a lease (%d open)", request.reader[:8], len(self.leases))
+            return ReadGrant(
+                lease=lease.token, generation=self._life.generation, ttl_s=LEASE_TTL_S, endpoints=endpoints
+            )
+
+    def progress_of(self, lease: bytes, since: int) -> Iterator[ProgressUpdate]:
+        """See ``PeerService.progress``: everything is readable at once, so the updates are signs of life."""
+        holding = self._offered()
+        generation, leaves = self._life.generation, len(holding.manifest.layout.leaves)
+        ranges = (LeafRange(0, leaves),) if since == 0 and leaves else ()
+        while self.leases.renew(lease) and self._life.generation == generation:
+            yield ProgressUpdate(version=1, generation=generation, ranges=ranges)
+            ranges = ()
+            if self._quiet.wait(PROGRESS_BEAT_S):
+                break
+        if self._life.generation != generation or not self._life.admits:
+            raise GenerationMoved("the source has withdrawn what was read", "ask for another source")
+
+    def close_read(self, lease: bytes) -> None:
+        """See ``PeerService.close_read``."""
+        self.leases.drop((lease,))
+        self._apply(lifecycle.ReaderClosed(time.monotonic(), lease))
+
+    # ---- what the keeper asks (``metadata.api.Owner``)
+
+    def current(self) -> PublicationRecord | None:
+        """The record that is true now."""
+        with self._lock:
+            return None if not self._life.published else self._record()
+
+    def recheck(self, leaf: int) -> bool:
+        """Digest one leaf again; at the first difference everything is withdrawn.
+
+        Raises:
+            GenerationMoved: nothing is published.
+            ProtocolError: no such leaf.
+        """
+        holding = self._holding
+        if holding is None:
+            raise GenerationMoved("nothing is published", "ask for another source")
+        leaves = holding.manifest.layout.leaves
+        if not 0 <= leaf < len(leaves):
+            raise ProtocolError(f"there is no leaf {leaf}", f"leaves count from 0 to {len(leaves) - 1}")
+        if digest_span(holding.memory, leaves[leaf].span) == holding.manifest.digest(leaf):
+            return True
+        log.error("leaf %d is no longer what was published: withdrawing %s", leaf, self.claim.shard_key[:12])
+        threading.Thread(target=self.withdraw, name="weightwire-withdraw", daemon=True).start()
+        return False
+
+    def tick(self) -> None:
+        """Let time pass: leases expire, a raw hold ends. Called by the node every second or so."""
+        now = time.monotonic()
+        for token, used in self.leases.used().items():
+            if self._life.admits or token in self._life.readers:
+                self._apply(lifecycle.ReaderOpened(now, token, used + LEASE_TTL_S))
+        self._apply(lifecycle.Tick(now))
+        if self._retraction is not None:  # a raw hold ended
+            self.withdraw()
+
+    # ---- inside
+
+    def _apply(self, event: lifecycle.Event) -> None:
+        with self._lock:
+            self._life, actions = lifecycle.step(self._life, event)
+            for action in actions:
+                self._perform(action)
+            self._home.metrics.state(self._life.state.value)
+            self._home.metrics.leases(len(self.leases))
+
+    def _perform(self, action: lifecycle.Action) -> None:
+        match action:
+            case lifecycle.Announce():
+                self._home.keeper.poke()
+            case lifecycle.Retract():
+                self._retraction = action  # sent by ``_retract``, outside the lock: it waits for the network
+            case lifecycle.CutReaders():
+                self.leases.drop(action.leases)
+            case lifecycle.Quiet():
+                self._quiet.set()
+            case _:  # AdmitReaders, RefuseReaders, MoveGeneration: ``_life`` itself is asked for these
+                pass
+
+    def _retract(self) -> None:
+        action, self._retraction = self._retraction, None
+        self._home.keeper.remove(self)
+        if action is None:
+            return
+        message = Withdrawal(
+            shard_key=self.claim.shard_key,
+            incarnation=self._home.incarnation,
+            generation=action.generation,
+            sequence=action.sequence,
+        )
+        try:
+            self._home.metadata.withdraw(message, timeout=2.0)
+        except WeightwireError as error:
+            log.warning("the metadata server was not told of the withdrawal: %s", error)
+
+    def _await_quiet(self, drain_s: float) -> None:
+        until = time.monotonic() + drain_s
+        while not self._quiet.wait(0.02):
+            self._apply(lifecycle.Tick(time.monotonic()))
+        self.leases.serve({})
+        for name, registration in self._registrations.items():
+            self._home.transports[name].deregister(registration, max(until, time.monotonic() + 1.0))
+        self._registrations = {}
+
+    def _register(self, memory: AddressSpace) -> None:
+        self._registrations, self.unregistered = {}, {}
+        for name, transport in self._home.transports.items():
+            try:
+                self._registrations[name] = transport.register(memory)
+            except TransferError as error:
+                self.unregistered[name] = error.problem
+                log.warning("%s cannot serve this memory: %s", name, error)
+        if not self._registrations:
+            reasons = "; ".join(f"{name}: {why}" for name, why in self.unregistered.items()) or "none is set up"
+            raise PublishError(f"no transport can serve this memory ({reasons})", "see: weightwire doctor")
+
+    def _endpoints(self, lease: ReadLease) -> dict[str, bytes]:
+        return {
+            name: self._home.transports[name].describe(self._registrations[name], lease.token)
+            for name in lease.transports
+        }
+
+    def _offered(self) -> Holding:
+        if not self._life.admits or self._holding is None:
+            raise GenerationMoved(f"the shard is {self._life.state}, not offered", "ask for another source")
+        return self._holding
+
+    def _held_now(self) -> Holding:
+        if self._holding is None:
+            raise PublishError("nothing is held", "publish first")
+        return self._holding
+
+    def _record(self) -> PublicationRecord:
+        identity, holding, (done, total) = self.claim.identity, self._holding, self._done
+        record = PublicationRecord(
+            shard_key=self.claim.shard_key,
+            replica_key=identity.replica_key,
+            family_key=identity.family_key,
+            model_id=identity.model_id,
+            identity=identity.canonical_json(),
+            revision=identity.revision or "",
+            coordinates=self.claim.coordinates,
+            role=identity.role,
+            stage=identity.stage,
+            incarnation=self._home.incarnation,
+            replica_incarnation=self.claim.replica_incarnation,
+            world_size=self.claim.world_size,
+            endpoints=self._home.endpoints,
+            ordinal=self.claim.ordinal,
+            state=self._life.state,
+            generation=self._life.generation,
+            sequence=self._life.sequence,
+            host=self._home.host,
+            fraction=done / total if total else 0.0,
+            bytes_done=done,
+            nbytes=total,
+            active_reads=len(self.leases),
+        )
+        if holding is None:
+            return record
+        nbytes = holding.manifest.layout.nbytes
+        return dataclasses.replace(
+            record,
+            content_id=holding.manifest.content_id,
+            weights_id=holding.weights_id,
+            nbytes=nbytes,
+            bytes_done=nbytes,
+            fraction=1.0,
+        )

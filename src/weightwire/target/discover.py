@@ -1,0 +1,183 @@
+"""Find: one question by the leader rank, one decision for all, then each rank's manifest."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from weightwire.errors import (
+    AuthError,
+    DecisionError,
+    MetadataError,
+    MetadataUnreachable,
+    NoSourceError,
+    ProtocolError,
+    TransferError,
+    WeightsConflict,
+    WeightwireError,
+)
+from weightwire.manifest.records import Manifest
+from weightwire.metadata.decision import Group
+from weightwire.metadata.selection import Chosen, Conflict, Nothing, Outcome, Policy, Unpinned, Warming, choose
+from weightwire.observability.progress import Progress
+from weightwire.target.offer import Choice, Offer, Want
+from weightwire.target.reader import Reader
+from weightwire.target.session import contact
+from weightwire.types import Json, Stage
+from weightwire.wire.messages import Candidate, FindReplicas, FindShard, ManifestHeader
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.25
+"""Between two looks at a replica that is still loading."""
+
+QUIET_S = 20.0
+"""A loading replica may construct its model for so long without a byte moving."""
+
+MARGIN_S = 30.0
+"""What the other ranks wait longer than the leader may take."""
+
+MISSES = {
+    kind.__name__: kind
+    for kind in (NoSourceError, WeightsConflict, MetadataError, MetadataUnreachable, AuthError, DecisionError)
+}
+"""How a miss is named in the decision, so that every rank raises the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discovery:
+    """Asks, decides and fetches manifests for one load of one rank."""
+
+    reader: Reader
+    want: Want
+    group: Group
+    progress: Progress
+
+    def choose(self) -> Choice:
+        """What all ranks take.
+
+        Raises:
+            NoSourceError: nothing that can be taken is ready; says why, and what exists otherwise.
+            WeightsConflict: several weights ids are ready and none was pinned.
+            MetadataError: the metadata server cannot be reached or refuses.
+        """
+        if self.group.rank == 0:
+            return _choice(self.group.once("choice", self._ask()))
+        bound = self.reader.wait_for_loading_s + MARGIN_S
+        return _choice(self.group.follow("choice", bound, _miss(DecisionError("rank 0 did not choose in time"))))
+
+    def offer(self, choice: Choice) -> Offer:
+        """This rank's part of ``choice``.
+
+        Raises:
+            NoSourceError: nobody serves this rank's shard of these weights.
+            TransferError: those who do cannot be reached, or sent something out of bounds.
+        """
+        shard_key = self.want.stages[choice.stage].shard_key(self.want.coordinates)
+        listing = self.reader.metadata.find_shard(
+            FindShard(shard_key=shard_key, weights_id=choice.weights_id, exclude=(self.reader.incarnation,))
+        )
+        last: WeightwireError = NoSourceError(
+            f"nobody serves {self.want.coordinates.label()} of {self.want.identity.model_id}", "see: weightwire sources"
+        )
+        for candidate in listing.candidates:
+            try:
+                header, manifest = self._manifest(candidate, choice)
+            except (TransferError, AuthError) as error:
+                log.warning("%s", error)
+                last = error
+                continue
+            return Offer(
+                choice=choice, header=header, manifest=manifest, origin=candidate, candidates=listing.candidates
+            )
+        raise last
+
+    def _ask(self) -> Json:
+        try:
+            return self._wait_for_choice().to_json()
+        except (NoSourceError, WeightsConflict, MetadataError, AuthError) as error:
+            return _miss(error)
+
+    def _wait_for_choice(self) -> Choice:
+        until = time.monotonic() + self.reader.wait_for_loading_s
+        while True:
+            outcome = choose(self.reader.metadata.find_replicas(self._query), self._policy)
+            if isinstance(outcome, Chosen):
+                group = outcome.group
+                return Choice(stage=group.stage, replica_key=group.replica_key, weights_id=group.weights_id)
+            if time.monotonic() >= until or not self._patient(outcome):
+                raise _error(outcome)
+            time.sleep(POLL_S)
+
+    @property
+    def _query(self) -> FindReplicas:
+        identities = self.want.stages.values()
+        return FindReplicas(
+            replica_keys=tuple(identity.replica_key for identity in identities),
+            family_keys=tuple(identity.family_key for identity in identities),
+            model_id=self.want.identity.model_id,
+            replica_incarnation=self.want.replica_incarnation,
+        )
+
+    @property
+    def _policy(self) -> Policy:
+        return Policy(
+            weights_id=self.want.pinned,
+            revision=self.want.identity.revision or "",
+            accept_unpinned=self.want.accept_unpinned,
+            latest=self.want.latest,
+        )
+
+    def _patient(self, outcome: Outcome) -> bool:
+        """Whether asking again soon can help: a conflict may be hidden, or an earlier replica is getting there."""
+        if isinstance(outcome, Warming):
+            return True
+        if not isinstance(outcome, Nothing):
+            return False
+        if outcome.warming_s > 0 and not self.want.has_disk:
+            return True
+        bound = max(QUIET_S, self.reader.stall_s)
+        ahead = [item for item in outcome.loading if item.earlier and item.live and item.quiet_s <= bound]
+        if ahead:
+            self.progress("wait", int(max(item.fraction for item in ahead) * 100), 100, "percent")
+        return bool(ahead)
+
+    def _manifest(self, candidate: Candidate, choice: Choice) -> tuple[ManifestHeader, Manifest]:
+        client = contact(self.reader, candidate)
+        try:
+            header, manifest = client.manifest(candidate.record.shard_key, timeout=self.reader.load_s)
+        finally:
+            client.close()
+        agreed = (choice.weights_id, choice.stage, candidate.record.content_id, self.want.coordinates)
+        if (header.weights_id, header.stage, header.content_id, header.coordinates) != agreed:
+            raise ProtocolError(f"{client.target} offers something else than it published", "another source is tried")
+        return header, manifest
+
+
+def _error(outcome: Outcome) -> WeightwireError:
+    match outcome:
+        case Conflict():
+            return WeightsConflict(outcome.describe(), "pin one by its weights id or revision, or ask for the latest")
+        case Unpinned():
+            return NoSourceError(outcome.describe(), "name a revision or a weights id, or accept unpinned ones")
+        case Warming():
+            return NoSourceError("the metadata server has just started and may not know all sources", "ask again soon")
+        case Nothing():
+            return NoSourceError(f"no source: {outcome.describe()}", "start one, or see: weightwire sources")
+        case _:
+            raise AssertionError(outcome)
+
+
+def _miss(error: WeightwireError) -> dict[str, Json]:
+    kind = type(error).__name__
+    return {"miss": kind if kind in MISSES else "MetadataError", "problem": error.problem, "remedy": error.remedy}
+
+
+def _choice(recorded: Json) -> Choice:
+    match recorded:
+        case {"stage": str(stage), "replica_key": str(key), "weights_id": str(weights)}:
+            return Choice(stage=Stage(stage), replica_key=key, weights_id=weights)
+        case {"miss": str(kind), "problem": str(problem), "remedy": str(remedy)} if kind in MISSES:
+            raise MISSES[kind](problem, remedy)
+    raise DecisionError("a recorded choice is malformed", "do all ranks run the same version?")
