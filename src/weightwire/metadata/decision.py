@@ -1,192 +1,256 @@
-"""The ranks of a replica decide once, together: write-once values in a key/value store of their own (DESIGN §2.4).
+"""Write-once decisions of the ranks of one replica: peer or disk, which weights, and whether it worked.
 
-Each rank posts its vote. Each waits for all votes, with a bound; whoever has them, or has waited long enough, makes a
-decision of what is there and writes it by compare-and-set. The first write wins, and every rank obeys what is
-recorded, also one that comes late. No collective is used: one that times out poisons its group, and is no "no".
-
-A rank that posts nothing at all is lost: that, too, is recorded, so that every rank ends with the same ``RankLost``.
+Never a collective on the engine's group: one that timed out is not a "no" (a late rank sees it succeed) and poisons the
+group for good. Here the first write wins, and every rank obeys what is recorded, also one that comes late.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
+from typing import Any, Protocol, TypeVar
 
 from weightwire.errors import DecisionError, RankLost
-from weightwire.metadata.decision_stores import DecisionStore
+from weightwire.metadata.api import Metadata
 from weightwire.types import Json
 
-MAX_VALUE_BYTES = 200 * 1024
-"""Of one vote, and of one decision, as JSON."""
-MAX_REASON = 500
-_SLICE_S = 0.25
-"""How long a rank waits for votes before it looks for a decision again."""
+MAX_VALUE_BYTES = 64 * 1024
+DEFAULT_VOTE_S = 30.0
+_POLL_S = 0.02
+_T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
+class DecisionStore(Protocol):
+    """Write-once keys that all ranks of one replica reach. Thread-safe."""
+
+    def record(self, key: str, value: bytes) -> bytes:
+        """Record ``value`` unless something is recorded; what is recorded now."""
+        ...
+
+    def wait(self, key: str, timeout: float) -> bytes | None:
+        """What is recorded, waiting up to ``timeout`` seconds for it; ``None`` if nothing is by then."""
+        ...
+
+
+class MemoryDecisions:
+    """For a replica of one rank, or several in one process."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+        self._changed = threading.Condition()
+
+    def record(self, key: str, value: bytes) -> bytes:
+        """See :class:`DecisionStore`."""
+        with self._changed:
+            recorded = self._values.setdefault(key, value)
+            self._changed.notify_all()
+            return recorded
+
+    def wait(self, key: str, timeout: float) -> bytes | None:
+        """See :class:`DecisionStore`."""
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._values, timeout)
+            return self._values.get(key)
+
+
+class TorchDecisions:
+    """On a ``torch.distributed`` store (``TCPStore``, ``PrefixStore`` …), duck-typed: nothing of torch is imported.
+
+    Raises (all methods):
+        RankLost: the store cannot be reached; the process that serves it has ended.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def record(self, key: str, value: bytes) -> bytes:
+        """See :class:`DecisionStore`."""
+        return self._reach(lambda: bytes(self._store.compare_set(key, "", value.decode())))
+
+    def wait(self, key: str, timeout: float) -> bytes | None:
+        """See :class:`DecisionStore`. Polls: ``wait`` of torch's stores logs a warning at each timeout."""
+        until = time.monotonic() + timeout
+        while not self._reach(lambda: bool(self._store.check([key]))):
+            if time.monotonic() >= until:
+                return None
+            time.sleep(_POLL_S)
+        return self._reach(lambda: bytes(self._store.get(key)))
+
+    @staticmethod
+    def _reach(call: Callable[[], _T]) -> _T:
+        try:
+            return call()
+        except RuntimeError as error:  # torch's DistStoreError and friends
+            raise RankLost(
+                "the store of the ranks' decisions cannot be reached", "rank 0 has ended; see its log"
+            ) from error
+
+
+class ServerDecisions:
+    """On the metadata server, for engines whose ranks share no store of their own."""
+
+    def __init__(self, metadata: Metadata) -> None:
+        self._metadata = metadata
+
+    def record(self, key: str, value: bytes) -> bytes:
+        """See :class:`DecisionStore`."""
+        recorded = self._metadata.decide(key, value, 0.0)
+        if recorded is None:
+            raise DecisionError(f"the metadata server recorded nothing under {key}", "see its log")
+        return recorded
+
+    def wait(self, key: str, timeout: float) -> bytes | None:
+        """See :class:`DecisionStore`."""
+        return self._metadata.decide(key, None, timeout, timeout=timeout + 5.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Vote:
-    """What one rank says.
+    """What one rank says at one step.
 
     Attributes:
-        ok: ready for what is to be decided.
-        reason: one line; why not.
-        data: whatever the decision is made of.
+        ok: whether it can go on; an exception before the decision is a ``False``, never raised past it.
+        reason: why not, one line.
+        value: what the others should know, small.
     """
 
     ok: bool
     reason: str = ""
-    data: Json = None
+    value: Json = None
 
 
-class Ballot:
-    """One rank's part in one decision.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What was recorded for all ranks.
 
-    As a context manager it makes sure that this rank is heard: what is raised inside the block before the vote was
-    posted is posted as a "no" (and raised on).
+    Attributes:
+        ok: every rank said yes in time.
+        reason: the first "no", naming its rank; empty if ok.
+        silent: ranks that had said nothing when the first one stopped waiting.
+        values: each rank's ``Vote.value`` in rank order, ``None`` for silent ones.
+    """
+
+    ok: bool
+    reason: str
+    silent: tuple[int, ...]
+    values: tuple[Json, ...]
+
+
+class Group:
+    """One rank's view of its replica's ranks, for decisions only.
 
     Args:
-        store: seen by all ranks of the replica, and by them only.
-        epoch: names this decision; all ranks give the same text, and never twice.
-        rank: of this process.
-        world_size: number of ranks.
+        store: reached by all ranks.
+        rank: this one.
+        size: how many there are.
+        epoch: one life of one load; different for every attempt, equal on all ranks. Steps never repeat within it.
+        vote_s: seconds to wait for the others at one step.
     """
 
-    def __init__(self, store: DecisionStore, epoch: str, rank: int, world_size: int) -> None:
-        if not 0 <= rank < world_size:
-            raise DecisionError(f"rank {rank} is outside the world of {world_size}")
-        self._store = store
-        self._epoch = epoch
-        self._rank = rank
-        self._keys = [f"{epoch}/vote/{other}" for other in range(world_size)]
-        self._posted = False
+    def __init__(self, store: DecisionStore, rank: int, size: int, epoch: str, vote_s: float = DEFAULT_VOTE_S) -> None:
+        self.store = store
+        self.rank = rank
+        self.size = size
+        self.epoch = epoch
+        self.vote_s = vote_s
 
-    def post(self, vote: Vote) -> None:
-        """Post this rank's vote; the first one counts.
+    @classmethod
+    def solo(cls) -> Group:
+        """A replica of one rank."""
+        return cls(MemoryDecisions(), 0, 1, "solo")
+
+    def at(self, epoch: str) -> Group:
+        """The same ranks at another epoch, for a further load."""
+        return Group(self.store, self.rank, self.size, f"{self.epoch}/{epoch}", self.vote_s)
+
+    def once(self, step: str, value: Json) -> Json:
+        """Record ``value`` for all ranks unless one was recorded; what is recorded."""
+        return _decoded(self.store.record(self._key(step), _encoded(value)))
+
+    def follow(self, step: str, timeout: float, otherwise: Json) -> Json:
+        """Wait for what another rank records; if nothing is by then, record ``otherwise``. What is recorded."""
+        found = self.store.wait(self._key(step), timeout)
+        return self.once(step, otherwise) if found is None else _decoded(found)
+
+    def vote(self, step: str, mine: Vote, timeout: float | None = None) -> Verdict:
+        """Say ``mine`` and obey what is recorded; waits up to ``timeout`` (default ``vote_s``) for the others."""
+        self._post(step, mine)
+        until = time.monotonic() + (self.vote_s if timeout is None else timeout)
+        votes: list[Vote | None] = []
+        for rank in range(self.size):
+            found = self.store.wait(self._vote_key(step, rank), max(0.0, until - time.monotonic()))
+            votes.append(None if found is None else _vote(_decoded(found)))
+        return _verdict(self.once(step, _summary(votes)), self.size)
+
+    def gather(self, step: str, value: Json, timeout: float | None = None) -> list[Json]:
+        """Every rank's value, in rank order.
 
         Raises:
-            DecisionError: it is too large, or the store cannot be reached.
+            RankLost: a rank said nothing in time; names it. All ranks raise it, a late one too.
         """
-        body: dict[str, Json] = {"ok": vote.ok, "reason": vote.reason[:MAX_REASON], "data": vote.data}
-        self._store.set_if_absent(self._keys[self._rank], _dump(body))
-        self._posted = True
+        verdict = self.vote(step, Vote(ok=True, value=value), timeout)
+        if verdict.silent:
+            raise lost(verdict.silent, step)
+        return list(verdict.values)
 
-    def decide(self, choose: Callable[[Sequence[Vote]], Json], timeout: float) -> Json:
-        """The decision of all ranks.
+    def _post(self, step: str, mine: Vote) -> None:
+        self.store.record(
+            self._vote_key(step, self.rank), _encoded({"ok": mine.ok, "reason": mine.reason, "value": mine.value})
+        )
 
-        Args:
-            choose: makes it of everybody's votes, in the order of ranks; its result is recorded if this rank is first.
-            timeout: seconds to wait for votes that are missing.
+    def _key(self, step: str) -> str:
+        return f"weightwire/{self.epoch}/{step}"
 
-        Raises:
-            RankLost: a rank posted nothing; on all ranks, naming it.
-            DecisionError: the store cannot be reached, or holds something else.
-        """
-        key = f"{self._epoch}/decision"
-        recorded = self._await(key, time.monotonic() + timeout)
-        if isinstance(recorded, bytes):
-            return _obey(recorded)
-        missing = [rank for rank, name in enumerate(self._keys) if name not in recorded]
-        if missing:
-            body: dict[str, Json] = {"lost": [*missing]}
-        else:
-            body = {"value": choose([_vote(recorded[name]) for name in self._keys])}
-        return _obey(self._store.set_if_absent(key, _dump(body)))
-
-    def _await(self, key: str, until: float) -> bytes | Mapping[str, bytes]:
-        """What was decided already, or the votes that are there when all are, or when time is over."""
-        while True:
-            recorded = self._store.get(key)
-            if recorded is not None:
-                return recorded
-            left = until - time.monotonic()
-            votes = self._store.wait(self._keys, max(0.0, min(left, _SLICE_S)))
-            if len(votes) == len(self._keys) or left <= 0:
-                return votes
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        if error is not None and not self._posted:
-            self.post(Vote(ok=False, reason=" ".join(f"{type(error).__name__}: {error}".split())))
+    def _vote_key(self, step: str, rank: int) -> str:
+        return f"{self._key(step)}/{rank}"
 
 
-def decide(
-    store: DecisionStore,
-    epoch: str,
-    rank: int,
-    world_size: int,
-    vote: Vote,
-    choose: Callable[[Sequence[Vote]], Json],
-    timeout: float,
-) -> Json:
-    """Vote and decide in one call; see :class:`Ballot`."""
-    ballot = Ballot(store, epoch, rank, world_size)
-    ballot.post(vote)
-    return ballot.decide(choose, timeout)
+def lost(silent: Sequence[int], step: str) -> RankLost:
+    """The error for ranks that said nothing."""
+    names = ", ".join(str(rank) for rank in silent)
+    plural = "ranks" if len(silent) > 1 else "rank"
+    return RankLost(
+        f"{plural} {names} said nothing at step '{step}'", "see the log of that rank; start the replica again"
+    )
 
 
-def gather(store: DecisionStore, epoch: str, rank: int, world_size: int, value: Json, timeout: float) -> list[Json]:
-    """Everybody's ``value``, in the order of ranks, equal on all ranks.
-
-    Raises:
-        RankLost: a rank posted nothing; on all ranks.
-        DecisionError: a rank said no, the values are too large together, or the store cannot be reached.
-    """
-    result = decide(store, epoch, rank, world_size, Vote(ok=True, data=value), _collect, timeout)
-    if not isinstance(result, list):
-        raise DecisionError(f"the ranks could not agree: {result}", "see the log of that rank")
-    return result
+def _summary(votes: Sequence[Vote | None]) -> Json:
+    silent: list[Json] = [rank for rank, vote in enumerate(votes) if vote is None]
+    against = [f"rank {rank}: {vote.reason}" for rank, vote in enumerate(votes) if vote is not None and not vote.ok]
+    reason = against[0] if against else (f"rank {silent[0]} said nothing in time" if silent else "")
+    values: list[Json] = [None if vote is None else vote.value for vote in votes]
+    return {"ok": not against and not silent, "reason": reason, "silent": silent, "values": values}
 
 
-def all_ready(votes: Sequence[Vote]) -> Json:
-    """A ``choose`` for yes or no: ``{"ok": true}``, or the ranks that said no and why."""
-    against: dict[str, Json] = {str(rank): vote.reason for rank, vote in enumerate(votes) if not vote.ok}
-    return {"ok": not against, "against": against}
+def _verdict(recorded: Json, size: int) -> Verdict:
+    match recorded:
+        case {"ok": bool(ok), "reason": str(reason), "silent": list(silent), "values": list(values)}:
+            ranks = tuple(rank for rank in silent if isinstance(rank, int))
+            if len(values) == size and len(ranks) == len(silent):
+                return Verdict(ok=ok, reason=reason, silent=ranks, values=tuple(values))
+    raise DecisionError("a recorded decision is malformed", "do all ranks run the same version, with one epoch each?")
 
 
-def _collect(votes: Sequence[Vote]) -> Json:
-    against = [f"rank {rank}: {vote.reason}" for rank, vote in enumerate(votes) if not vote.ok]
-    return "; ".join(against) if against else [vote.data for vote in votes]
+def _vote(posted: Json) -> Vote:
+    match posted:
+        case {"ok": bool(ok), "reason": str(reason), "value": value}:
+            return Vote(ok=ok, reason=reason, value=value)
+    raise DecisionError("a rank's vote is malformed", "do all ranks run the same version?")
 
 
-def _obey(data: bytes) -> Json:
-    body = _load(data)
-    lost = body.get("lost")
-    if isinstance(lost, list):
-        names = ", ".join(str(rank) for rank in lost)
-        raise RankLost(f"rank {names} posted nothing in time", "see its log; all ranks of this replica end now")
-    if "value" not in body:
-        raise DecisionError("the recorded decision is not one of ours", "give every decision an epoch of its own")
-    return body["value"]
+def _encoded(value: Json | Mapping[str, Json]) -> bytes:
+    encoded = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    if len(encoded) > MAX_VALUE_BYTES:
+        raise DecisionError(f"a decision of {len(encoded)} bytes is too large", f"at most {MAX_VALUE_BYTES} are legal")
+    return encoded
 
 
-def _vote(data: bytes) -> Vote:
-    body = _load(data)
-    ok, reason = body.get("ok"), body.get("reason")
-    if not isinstance(ok, bool) or not isinstance(reason, str):
-        raise DecisionError("a recorded vote is not one of ours", "give every decision an epoch of its own")
-    return Vote(ok=ok, reason=reason[:MAX_REASON], data=body.get("data"))
-
-
-def _dump(body: Mapping[str, Json]) -> bytes:
-    data = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    if len(data) > MAX_VALUE_BYTES:
-        raise DecisionError(f"a vote or decision of {len(data)} bytes is too large", f"at most {MAX_VALUE_BYTES}")
-    return data
-
-
-def _load(data: bytes) -> dict[str, Json]:
+def _decoded(raw: bytes) -> Json:
     try:
-        body = json.loads(data[: MAX_VALUE_BYTES + 1])
-    except (ValueError, RecursionError) as error:
-        raise DecisionError("a recorded value is not JSON", "give the ranks a store of their own") from error
-    if not isinstance(body, dict):
-        raise DecisionError("a recorded value is not an object", "give the ranks a store of their own")
-    return body
+        value: Json = json.loads(raw)
+    except ValueError as error:
+        raise DecisionError("a recorded decision is not JSON", "do all ranks run the same version?") from error
+    return value
