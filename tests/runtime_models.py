@@ -52,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "empty_shard": {"num_key_value_heads": 8, "intermediate_size": 5, "head_dim": 16},
 }
 
+NEW_TOKENS = 4
 PROMPTS = [[3, 14, 15, 92, 65], [35, 8], [9, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28], [1]]
 
 

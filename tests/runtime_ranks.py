@@ -39,20 +39,21 @@ def wait_all(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> li
 
 
 def _small(group: Any, workdir: Path) -> dict[str, Any]:
-    from runtime_models import CASES, PROMPTS
+    from runtime_models import CASES, NEW_TOKENS, PROMPTS
 
     from weightwire.runtime import KernelLayout, LoaderSettings, ModelLoader, SafetensorsLoader, generate, prompt_logits
 
     results: dict[str, Any] = {}
     for case in CASES:
         for layout in KernelLayout:
-            for dtype in (torch.float32, torch.bfloat16):
+            bf16 = [torch.bfloat16] if case == "gqa_llama3" and layout is KernelLayout.PLAIN else []
+            for dtype in (torch.float32, *bf16):
                 loader = ModelLoader(group, LoaderSettings(dtype=dtype, kernel_layout=layout), SafetensorsLoader())
                 model = loader.load(workdir / case).model
-                tokens = generate(model, PROMPTS, max_new_tokens=6)
+                tokens = generate(model, PROMPTS, max_new_tokens=NEW_TOKENS)
                 results[f"{case}/{layout.value}/{dtype}"] = (prompt_logits(model, PROMPTS), tokens)
     again = ModelLoader(group, LoaderSettings(), SafetensorsLoader()).load(workdir / "gqa_llama3").model
-    results["again"] = (prompt_logits(again, PROMPTS), generate(again, PROMPTS, max_new_tokens=6))
+    results["again"] = (prompt_logits(again, PROMPTS), generate(again, PROMPTS, max_new_tokens=NEW_TOKENS))
     return results
 
 

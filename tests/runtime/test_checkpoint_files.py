@@ -222,3 +222,21 @@ def test_only_the_slices_of_this_rank_are_read(tmp_path: Path) -> None:
         share = 1 if "norm" in name else 25 / 97 if "embed" in name or "lm_head" in name else 1 / 4
         assert count == round(whole[name] * share), name
     assert sum(read.values()) * 4 < sum(whole.values()) * 1.2
+
+
+def _memory_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory counter")
+def test_reading_a_slice_touches_no_more_than_the_slice(tmp_path: Path) -> None:
+    rows = 1 << 14
+    save_file({"big": torch.zeros(rows, 1024)}, tmp_path / WEIGHTS)  # 64 MiB
+    loader = SafetensorsLoader()
+    source = loader._open(tmp_path)["big"]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at the present value
+    before = _memory_kib("VmRSS")
+    part = source.read(0, 0, rows // 16)
+    assert part.shape == (rows // 16, 1024)
+    assert _memory_kib("VmHWM") - before < 32 << 10

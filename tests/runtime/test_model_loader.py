@@ -1,14 +1,13 @@
-"""The order of a load, its stages, and the hazards that the runtime itself must not have."""
+"""The order of a load, and the hazards that the runtime itself must not have."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runtime_hooks import CPU, SINGLE, Injecting, Poisoning, Recorder, part_of, poison, settings
 from runtime_models import BASE, CASES, PROMPTS, random_tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,17 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from weightwire.errors import CheckpointError, ConfigError
 from weightwire.runtime import (
     BuildFacts,
-    Injected,
     KernelLayout,
     LayerContext,
     LlamaForCausalLM,
-    LoaderSettings,
     LoadFormat,
-    LoadRequest,
-    ModelConfig,
     ModelLoader,
     SafetensorsLoader,
-    Stage,
     TpCoordinates,
     TpGroup,
     Weights,
@@ -39,114 +33,12 @@ from weightwire.runtime import (
     prompt_logits,
     read_config,
 )
-from weightwire.runtime.layers.packing import PackedLinear
 from weightwire.runtime.layers.rotary import inverse_frequencies
-
-CPU = torch.device("cpu")
-SINGLE = TpGroup.single()
-Names = dict[str, tuple[nn.Module, str]]
-
-
-def parameter_places(model: nn.Module) -> Names:
-    """Construction-time name to the place that holds the tensor, whatever is there later."""
-    return {
-        f"{path}.{name}" if path else name: (module, name)
-        for path, module in model.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
-    }
-
-
-class Recorder:
-    """Hooks that note what happened, and the construction-time places."""
-
-    def __init__(self) -> None:
-        self.events: list[str] = []
-        self.places: Names = {}
-        self.raw: dict[str, torch.Tensor] = {}
-
-    def constructed(self, model: nn.Module) -> None:
-        assert all(tensor.is_meta for tensor in model.parameters())
-        self.places = parameter_places(model)
-        self.events.append("constructed")
-
-    def loaded(self, model: nn.Module) -> None:
-        if "post_loaded" not in self.events:  # aliases are wired by the steps that follow, not before
-            assert self.places.keys() == parameter_places(model).keys()
-        self.raw = self.snapshot()
-        self.events.append("loaded")
-
-    @contextmanager
-    def guard_transform(self, module: nn.Module) -> Iterator[None]:
-        self.events.append(f"before {type(module).__name__}")
-        yield
-        self.events.append("after")
-
-    def post_loaded(self, model: nn.Module) -> None:
-        assert isinstance(model, LlamaForCausalLM)
-        self.events.append("post_loaded")
-
-    def reloading(self, model: nn.Module) -> None:
-        assert isinstance(model, LlamaForCausalLM)
-        self.events.append("reloading")
-
-    def snapshot(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(module, leaf).detach().clone() for name, (module, leaf) in self.places.items()}
-
-
-class Poisoning(SafetensorsLoader):
-    """Fills all parameters with NaN first, so that whatever nobody writes is seen."""
-
-    def load_weights(self, request: LoadRequest) -> Weights:
-        poison(request.model)
-        return super().load_weights(request)
-
-
-def poison(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(float("nan"))
-
-
-class Injecting:
-    """Puts another model's tensors in place: what a peer does, without a network."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], stage: Stage, facts: BuildFacts | None = None) -> None:
-        self.tensors, self.stage, self.facts, self.cleaned = tensors, stage, facts or {}, 0
-
-    def load_config(self, checkpoint_dir: Path) -> ModelConfig:
-        return read_config(checkpoint_dir)
-
-    def build_facts(self, checkpoint_dir: Path, config: ModelConfig) -> BuildFacts:  # noqa: ARG002
-        return self.facts
-
-    def load_weights(self, request: LoadRequest) -> Injected | Weights:
-        places = parameter_places(request.model)
-        poison(request.model)
-        if self.stage == "PROCESSED":
-            prepare_processed(request.model)
-        assert set(places) == set(self.tensors)
-        with torch.no_grad():
-            for name, (module, leaf) in places.items():
-                assert getattr(module, leaf).shape == self.tensors[name].shape, name
-                getattr(module, leaf).copy_(self.tensors[name])
-        return Injected(self.stage, "report")
-
-    def cleanup(self) -> None:
-        self.cleaned += 1
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "checkpoint", CASES["gqa_llama3"])
-
-
-def settings(layout: KernelLayout = KernelLayout.PLAIN, load_format: LoadFormat = LoadFormat.AUTO) -> LoaderSettings:
-    return LoaderSettings(load_format, torch.float32, layout)
-
-
-def part_of(directory: Path, size: int, rank: int, layout: KernelLayout = KernelLayout.PLAIN) -> LlamaForCausalLM:
-    group = TpGroup.offline(TpCoordinates(size=size, rank=rank))
-    return ModelLoader(group, settings(layout), Poisoning()).load(directory).model
 
 
 def test_order_of_a_load(checkpoint: Path) -> None:
@@ -157,114 +49,6 @@ def test_order_of_a_load(checkpoint: Path) -> None:
     assert set(result.seconds) == {"construct", "materialize", "fill", "post_load"}
     assert result.injected is None
     assert not any(tensor.isnan().any() for tensor in result.model.parameters())
-
-
-def test_what_transforms_declare_is_what_they_do(checkpoint: Path) -> None:
-    hooks = Recorder()
-    declared: dict[str, str] = {}
-    before: dict[str, nn.Parameter] = {}
-
-    class Declaring(Recorder):
-        def loaded(self, model: nn.Module) -> None:
-            super().loaded(model)
-            for name, (module, leaf) in self.places.items():
-                before[name] = getattr(module, leaf)
-                if isinstance(module, PackedLinear) and leaf in module.transform_effect():
-                    declared[name] = module.transform_effect()[leaf]
-
-    hooks = Declaring()
-    ModelLoader(SINGLE, settings(KernelLayout.PACKED), Poisoning(), hooks).load(checkpoint)
-    for name, (module, leaf) in hooks.places.items():
-        after = getattr(module, leaf)
-        replaced = after.data_ptr() != before[name].data_ptr()
-        changed = replaced or not torch.equal(after, hooks.raw[name])
-        assert declared.get(name) == ("replaces" if replaced else "in_place" if changed else None), name
-    assert sorted(set(declared.values())) == ["in_place", "replaces"]
-
-
-def test_plain_layout_transforms_nothing(checkpoint: Path) -> None:
-    hooks = Recorder()
-    ModelLoader(SINGLE, settings(), SafetensorsLoader(), hooks).load(checkpoint)
-    assert all(torch.equal(tensor, hooks.raw[name]) for name, tensor in hooks.snapshot().items())
-    packed = [module for module, _ in hooks.places.values() if isinstance(module, PackedLinear)]
-    assert packed
-    assert not any(module.transform_effect() for module in packed)
-
-
-def test_raw_bytes_do_not_depend_on_the_layout(checkpoint: Path) -> None:
-    plain, packed = Recorder(), Recorder()
-    one = ModelLoader(SINGLE, settings(), SafetensorsLoader(), plain).load(checkpoint).model
-    other = ModelLoader(SINGLE, settings(KernelLayout.PACKED), SafetensorsLoader(), packed).load(checkpoint).model
-    assert all(torch.equal(tensor, packed.raw[name]) for name, tensor in plain.raw.items())
-    assert one.raw_layout() == other.raw_layout() == "llama/unquantized/v1"
-    assert one.processed_layout() != other.processed_layout()
-
-
-def test_transforms_run_once_and_stages_are_idempotent(checkpoint: Path) -> None:
-    hooks = Recorder()
-    model = ModelLoader(SINGLE, settings(KernelLayout.PACKED), SafetensorsLoader(), hooks).load(checkpoint).model
-    first = hooks.snapshot()
-    model.post_load_weights()
-    assert all(torch.equal(tensor, first[name]) for name, tensor in hooks.snapshot().items())
-
-
-def test_packed_attention_has_the_bits_of_plain(checkpoint: Path) -> None:
-    """The permutation itself rounds nothing: the same numbers come out, element for element."""
-    models = [
-        ModelLoader(SINGLE, settings(layout), SafetensorsLoader()).load(checkpoint).model for layout in KernelLayout
-    ]
-    for layer in range(2):
-        plain, packed = (model.model.decoder_layers[layer].self_attn.qkv_proj for model in models)
-        assert packed.weights_are_packed
-        assert not torch.equal(plain.weight, packed.weight)
-        heads = plain.weight[: plain.q_rows + plain.kv_rows].reshape(-1, plain.head_dim, plain.in_features)
-        order = torch.arange(plain.head_dim).reshape(2, -1).t().flatten()
-        assert torch.equal(packed.weight[: plain.q_rows + plain.kv_rows], heads[:, order].flatten(0, 1))
-        assert torch.equal(packed.weight[plain.q_rows + plain.kv_rows :], plain.weight[plain.q_rows + plain.kv_rows :])
-
-
-@pytest.mark.parametrize("layout", KernelLayout)
-@pytest.mark.parametrize("stage", ["LOADED", "PROCESSED"])
-@pytest.mark.parametrize("case", ["gqa_llama3", "biased_tied"])
-def test_injected_weights_give_the_same_model(case: str, stage: Stage, layout: KernelLayout, tmp_path: Path) -> None:
-    directory = write_checkpoint(tmp_path / "checkpoint", CASES[case])
-    source = Recorder()
-    model = ModelLoader(SINGLE, settings(layout), SafetensorsLoader(), source).load(directory).model
-    tensors = source.raw if stage == "LOADED" else source.snapshot()
-    (directory / "model.safetensors").unlink()
-    loader, hooks = Injecting(tensors, stage), Recorder()
-    result = ModelLoader(SINGLE, settings(layout, LoadFormat.PRESHARDED), loader, hooks).load(directory)
-    assert result.injected == Injected(stage, "report")
-    assert ("loaded" in hooks.events) == (stage == "LOADED")
-    assert any(event.startswith("before") for event in hooks.events) == (stage == "LOADED")
-    assert hooks.events[-1] == "post_loaded"
-    assert loader.cleaned == 1
-    assert torch.equal(prompt_logits(result.model, PROMPTS), prompt_logits(model, PROMPTS))
-
-
-def test_a_failed_processed_receive_can_be_filled_raw(checkpoint: Path) -> None:
-    """Shapes change for the processed stage; when its bytes do not come, the disk must find the raw ones again."""
-
-    class Failing(SafetensorsLoader):
-        def load_weights(self, request: LoadRequest) -> Weights:
-            prepare_processed(request.model)
-            poison(request.model)
-            prepare_raw(request.model)
-            return super().load_weights(request)
-
-    presharded = settings(KernelLayout.PACKED, LoadFormat.PRESHARDED)
-    model = ModelLoader(SINGLE, presharded, Failing()).load(checkpoint).model
-    expected = ModelLoader(SINGLE, settings(KernelLayout.PACKED), SafetensorsLoader()).load(checkpoint).model
-    assert torch.equal(prompt_logits(model, PROMPTS), prompt_logits(expected, PROMPTS))
-
-
-def test_injection_is_refused_under_auto(checkpoint: Path) -> None:
-    hooks = Recorder()
-    ModelLoader(SINGLE, settings(), SafetensorsLoader(), hooks).load(checkpoint)
-    loader = Injecting(hooks.raw, "LOADED")
-    with pytest.raises(ConfigError, match="injected weights under load format auto"):
-        ModelLoader(SINGLE, settings(), loader).load(checkpoint)
-    assert loader.cleaned == 1
 
 
 def test_h01_aliases_rename_parameters_but_not_what_is_loaded(checkpoint: Path) -> None:
@@ -393,13 +177,15 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def test_h56_nothing_is_computed_on_bytes_that_will_be_replaced(checkpoint: Path) -> None:
     with Writes() as writes:
-        model = construct(read_config(checkpoint), {}, LayerContext(SINGLE, torch.bfloat16))
+        model = construct(read_config(checkpoint), {}, LayerContext(SINGLE, torch.bfloat16, KernelLayout.PACKED))
     assert writes.bytes == {}
     rotary = model.model.rotary_emb
     derived = [rotary.inv_freq, rotary.cos_sin_cache]
     model.model.rotary_emb = nn.Identity()  # type: ignore[assignment]
     with Writes() as writes:
         materialize(model, CPU)
+        prepare_processed(model)
+        prepare_raw(model)
     # allocated and pointed at; no fill, no random number, no conversion
     assert set(writes.bytes) <= {
         "aten.empty.memory_format",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runtime_models import BASE, CASES, PROMPTS, write_checkpoint
+from runtime_models import BASE, CASES, NEW_TOKENS, PROMPTS, write_checkpoint
 from runtime_ranks import child_environment, start_ranks, wait_all
 
 from weightwire.runtime import (
@@ -22,7 +22,6 @@ from weightwire.runtime import (
     serve_store,
 )
 
-NEW_TOKENS = 6
 Results = list[dict[str, Any]]
 
 
