@@ -1,0 +1,245 @@
+"""Reading from one peer, through an agent of our own that is never used for anything else."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from weightwire.errors import FenceTimeout, PeerLost, PeerStalled, ProtocolError, TransferError, WeightwireError
+from weightwire.manifest.address import Region, Segment
+from weightwire.transport.base import Registration
+from weightwire.transport.nixl.agent import Agent
+from weightwire.transport.nixl.bounded import Bounded
+from weightwire.transport.nixl.endpoint import Endpoint
+from weightwire.transport.nixl.lanes import Way
+from weightwire.transport.nixl.pieces import Piece, cut
+from weightwire.types import Span
+
+DEPTH = 4
+IN_FLIGHT = 4
+"""Transfers that are posted at a time, of whatever reads."""
+
+PROBE_BYTES = 64
+_EAGER_S = 0.02
+_NAP_S = 0.0001
+
+_log = logging.getLogger(__name__)
+
+
+class NixlRead:
+    """One read; see :class:`~weightwire.transport.base.Read`. ``wait`` drives the transfers."""
+
+    def __init__(self, connection: NixlConnection, pieces: Iterable[Piece], *, probe: bool = False) -> None:
+        self._connection = connection
+        self.pieces = deque(pieces)
+        self.probe = probe
+        self.finished = False
+
+    def wait(self, deadline: float) -> None:
+        """Finish this read, and all before it."""
+        self._connection.drive(self, deadline)
+
+
+class NixlConnection:
+    """A :class:`~weightwire.transport.base.Connection` with a receive agent of its own.
+
+    Destroying that agent is the fence, because nothing less is: after releasing the transfer, removing the peer and
+    deregistering the memory, a source that was frozen still delivers most of what was asked for (seen with NIXL 1.5.1
+    over TCP). The agent has no progress thread, so bytes arrive only while a thread of ours is in ``read`` or ``wait``.
+
+    What is read into stays registered with the agent, and referred to, until the connection is fenced.
+
+    Args:
+        agent: fresh, serving nothing; owned from now on.
+        peer: the source, checked.
+        require_rdma: refuse TCP even if it is asked for, and what cannot be told.
+    """
+
+    def __init__(self, agent: Agent, peer: Endpoint, *, require_rdma: bool) -> None:
+        self._agent = agent
+        self._peer = peer
+        self._require_rdma = require_rdma
+        self._lock = threading.Lock()
+        self._over = ""
+        self._registered: dict[int, Registration] = {}
+        self._reads: deque[NixlRead] = deque()
+        self._posted: deque[tuple[int, NixlRead]] = deque()
+        self._ways: dict[Way, tuple[str, ...]] = {}
+        self._probed: tuple[str, ...] = ()
+        self._scratch = np.zeros(PROBE_BYTES, dtype=np.uint8)
+        self._teardown = Bounded(f"nixl-end-{agent.name}", self._end)
+
+    @property
+    def path(self) -> str:
+        """``nixl/ucx:cma``, ``nixl/ucx:rc_mlx5`` …: what UCX said that it reads with; ``nixl/ucx:?`` if it did not."""
+        used = sorted({transport for transports in self._ways.values() for transport in transports})
+        return "nixl/ucx:" + ("+".join(used or self._probed) or "?")
+
+    @property
+    def depth(self) -> int:
+        """See the contract."""
+        return DEPTH
+
+    def open(self, deadline: float) -> None:
+        """Make the peer known and read a few bytes of it into memory of our own: it is alive, and this is the way.
+
+        Raises:
+            ProtocolError: its metadata is refused.
+            PeerLost: it is gone.
+            PeerStalled: no answer by ``deadline``.
+            TransferError: the way is TCP, which is refused under ``require_rdma`` and where it was not asked for.
+        """
+        with self._lock:
+            self._agent.add_peer(self._peer.metadata, self._peer.agent)
+            scratch = Region(self._scratch.ctypes.data, PROBE_BYTES, "cpu")
+            self._agent.register([scratch])
+            first = next(iter(self._peer.memory.segments), None)
+        if first is None:
+            return
+        probe = NixlRead(
+            self, cut([Segment(first.offset, scratch.address, PROBE_BYTES, "cpu")], [_head(first)]), probe=True
+        )
+        self._start(probe)
+        probe.wait(deadline)
+
+    def read(self, span: Span, into: Registration) -> NixlRead:
+        """See the contract. Over cross-memory attach this moves up to ``pieces.MAX_BYTES`` before it returns.
+
+        Raises:
+            TransferError: ``into`` cannot be registered, or the way is TCP (see ``open``).
+        """
+        local = into.memory.slices(span)
+        remote = self._remote(span)
+        with self._lock:
+            self._check_open()
+            if id(into) not in self._registered:  # by object: it stays alive here, so its id stays its own
+                self._agent.register(into.memory.regions)
+                self._registered[id(into)] = into
+        read = NixlRead(self, cut(local, remote))
+        self._start(read)
+        return read
+
+    def drive(self, read: NixlRead, deadline: float) -> None:
+        """Move bytes until ``read`` is finished; what ``NixlRead.wait`` does."""
+        began = time.monotonic()
+        while True:
+            with self._lock:
+                self._check_open()
+                self._advance()
+                if read.finished:
+                    return
+            now = time.monotonic()
+            if now >= deadline:
+                raise PeerStalled("a nixl read was not done in time", "fence it and read from another peer")
+            time.sleep(0 if now - began < _EAGER_S else _NAP_S)
+
+    def uses(self, registration: Registration) -> bool:
+        """Whether ``registration`` is still registered with the agent."""
+        return self._registered.get(id(registration)) is registration
+
+    def fence(self, deadline: float) -> None:
+        """See the contract: destroys the receive agent, in a thread of its own."""
+        self._over = self._over or "it was fenced"
+        self._teardown.run(
+            deadline,
+            FenceTimeout(
+                "a nixl receive agent could not be ended in time", "keep the memory of its reads, do not refill it"
+            ),
+        )
+
+    def _remote(self, span: Span) -> Sequence[Segment]:
+        try:
+            return self._peer.memory.slices(span)
+        except IndexError as error:
+            raise ProtocolError(
+                "the span is outside what the source holds", "ask for what the manifest says"
+            ) from error
+
+    def _start(self, read: NixlRead) -> None:
+        with self._lock:
+            self._check_open()
+            self._reads.append(read)
+            self._advance(most=1)
+
+    def _advance(self, most: int = IN_FLIGHT) -> None:
+        """Take note of what has finished, and post what has room."""
+        try:
+            self._collect()
+            for _ in range(most):
+                if len(self._posted) >= IN_FLIGHT or not self._post_next():
+                    break
+            self._collect()
+        except WeightwireError as error:
+            self._over = self._over or error.problem
+            raise
+
+    def _collect(self) -> None:
+        while self._posted and self._agent.done(self._posted[0][0]):
+            self._agent.release(self._posted.popleft()[0])
+        waiting_for = self._posted[0][1] if self._posted else None
+        for read in itertools.takewhile(lambda each: each is not waiting_for, list(self._reads)):
+            if read.pieces:
+                break
+            read.finished = True
+            self._reads.popleft()
+
+    def _post_next(self) -> bool:
+        for read in self._reads:
+            if read.pieces:
+                piece = read.pieces.popleft()
+                self._posted.append((self._agent.post(piece, self._peer.agent), read))
+                self._look_at_way((piece.local.partition(":")[0], piece.remote.partition(":")[0]), probe=read.probe)
+                return True
+        return False
+
+    def _look_at_way(self, way: Way, *, probe: bool) -> None:
+        """UCX chooses with the first transfer between two kinds of memory: ask it then."""
+        if way in self._ways:
+            return
+        found = self._agent.transports().get(way, ())
+        if probe:
+            self._probed = found
+        else:
+            self._ways[way] = found
+            _log.info("reading into %s memory from %s memory of %s over %s", *way, self._peer.agent, self.path)
+        if probe and way[1] != "cpu":
+            return  # a device is read into a device: that goes another way than this did
+        if self._require_rdma and (not found or "tcp" in found):
+            raise TransferError(
+                f"reads would go over {self.path}, and RDMA is required", "repair RDMA or unset require_rdma"
+            )
+        if "tcp" in found and not tcp_is_asked_for():
+            raise TransferError(f"reads would go over {self.path}", "read over the tcp transport, or set UCX_TLS=tcp")
+
+    def _check_open(self) -> None:
+        if self._over:
+            raise PeerLost(f"the nixl connection is over: {self._over}", "read from another peer")
+
+    def _end(self) -> None:
+        with self._lock:
+            self._over = self._over or "it was fenced"
+            self._agent.destroy()
+            self._reads.clear()
+            self._posted.clear()
+            self._registered.clear()
+
+
+def tcp_is_asked_for() -> bool:
+    """Whether ``UCX_TLS`` names ``tcp``: the only consent to TCP under UCX.
+
+    It is slow (a quarter of what the tcp transport reaches), and dangerous to the source: one that is stopped for a
+    moment in mid-read and whose reader then leaves is *aborted* by UCX when it goes on ("Fatal: unexpected error:
+    Endpoint timeout", seen with the UCX 1.23 of NIXL 1.5.1).
+    """
+    return "tcp" in os.environ.get("UCX_TLS", "").lower().replace("^", "not-").split(",")
+
+
+def _head(segment: Segment) -> Segment:
+    return Segment(segment.offset, segment.address, min(segment.nbytes, PROBE_BYTES), segment.device)

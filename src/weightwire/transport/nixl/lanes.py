@@ -1,0 +1,161 @@
+"""Which UCX transports really carry an agent's reads, as UCX itself says.
+
+UCX prints one table for each way of reading that it chooses (``UCX_PROTO_INFO``), headed by the agent's name::
+
+    | <agent> inter-node cfg#1                                        |
+    | remote memory read by ucp_get*(multi) into host memory from host |
+    | Range  | Description | Config                                    |
+    | 0..inf | zero-copy   | rc_mlx5/mlx5_0:1                          |
+
+It prints to a log of the whole process, which we direct into memory of our own before UCX is loaded. Where something
+else loaded UCX first, or ``UCX_LOG_FILE`` or ``UCX_PROTO_INFO`` is set by the user, there is nothing to read and the
+answer is "unknown".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+MAX_LOG_BYTES = 4 * 1024 * 1024
+"""Of one look at the log, the last so many bytes are read."""
+
+_LINE = re.compile(r"^\[[\d.]+\] +\[[^\]]*\] *(?P<text>.*)$")
+_HEAD = re.compile(r"\| (?P<agent>\S+) (self|intra-node|inter-node) cfg#\d+")
+_ROW = re.compile(r"\| +(?P<range>\S+) +\|(?P<how>[^|]*)\|(?P<lanes>[^|]*)\|")
+_LANE = re.compile(r"\b(?P<transport>[a-z][a-z0-9_]*)/[\w.:-]+")
+_TABLE = re.compile(r"^[|+]")
+_WAY = re.compile(r"\| remote memory read by ucp_get\*\S* into (?P<to>\S+) memory from (?P<source>\S+)")
+
+Way = tuple[str, str]
+"""Kinds of memory, to and from: ``("cuda", "cpu")`` reads host memory of the peer into a device of ours."""
+
+
+class Lanes:
+    """What the tables of a log say; fed with its text in order, pure."""
+
+    def __init__(self) -> None:
+        self._agent = ""
+        self._reads = False
+        self._used: dict[str, dict[Way, tuple[str, ...]]] = {}
+        self._way: Way = ("", "")
+
+    def feed(self, text: str) -> list[str]:
+        """Take whole lines; gives back those that belong to no table (UCX's warnings)."""
+        others = []
+        for line in text.splitlines():
+            match = _LINE.match(line)
+            body = match["text"].strip() if match else line.strip()
+            if _TABLE.match(body):
+                self._take(body)
+            elif body:
+                others.append(body)
+        return others
+
+    def transports(self, agent: str) -> dict[Way, tuple[str, ...]]:
+        """UCX transports that reads of ``agent`` use, for each way seen, such as ``("cma",)``."""
+        return {way: tuple(sorted(set(lanes))) for way, lanes in self._used.get(agent, {}).items()}
+
+    def _take(self, body: str) -> None:
+        head, way, row = _HEAD.match(body), _WAY.match(body), _ROW.match(body)
+        if head:
+            self._agent, self._reads = head["agent"], False
+        elif way:
+            self._reads, self._way = True, (_kind(way["to"]), _kind(way["source"]))
+            self._used.setdefault(self._agent, {})[self._way] = ()  # a later choice replaces an earlier one
+        elif row and self._reads and ".." in row["range"]:
+            ways = self._used[self._agent]
+            ways[self._way] += tuple(match["transport"] for match in _LANE.finditer(row["lanes"]))
+
+
+class UcxLog:
+    """UCX's log of this process, kept in memory; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lanes = Lanes()
+        self._file: int | None = None
+        self._read = 0
+        self._flush: Callable[[], None] = _no_flush
+        self._loaded = False
+
+    @contextlib.contextmanager
+    def agent_being_made(self) -> Iterator[None]:
+        """Make an agent inside this block, one at a time: UCX reads its settings there."""
+        with self._lock:
+            added = self._settings()
+            os.environ.update(added)
+            try:
+                yield
+            finally:
+                for name in added:  # child processes must not inherit them
+                    os.environ.pop(name, None)
+            if not self._loaded:
+                self._loaded = True
+                self._flush = _flusher()
+
+    def transports(self, agent: str) -> dict[Way, tuple[str, ...]]:
+        """See ``Lanes.transports``; looks at the log first, and passes UCX's warnings on to ours."""
+        with self._lock:
+            for line in self._lanes.feed(self._new_text()):
+                _log.warning("UCX: %s", line)
+            return self._lanes.transports(agent)
+
+    def _settings(self) -> dict[str, str]:
+        if not self._loaded:
+            if {"UCX_LOG_FILE", "UCX_PROTO_INFO"} & set(os.environ) or _library("libucs"):
+                self._loaded = True  # not by us, or not for us
+                return {}
+            self._file = os.memfd_create("ucx-log")
+            return {"UCX_LOG_FILE": f"/proc/self/fd/{self._file}", "UCX_PROTO_INFO": "*ucp_get*"}
+        return {} if self._file is None else {"UCX_PROTO_INFO": "*ucp_get*"}
+
+    def _new_text(self) -> str:
+        if self._file is None:
+            return ""
+        self._flush()
+        end = os.fstat(self._file).st_size
+        text = os.pread(self._file, MAX_LOG_BYTES, max(self._read, end - MAX_LOG_BYTES))
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read = max(self._read, end - MAX_LOG_BYTES) + len(whole)
+        return whole.decode(errors="replace").replace("\0", "")
+
+
+def _kind(name: str) -> str:
+    kind = name.partition("/")[0]  # "cuda/GPU0"
+    return "cpu" if kind == "host" else kind
+
+
+def _no_flush() -> None:
+    pass
+
+
+def _library(name: str) -> str:
+    """Path of the loaded library whose file name begins with ``name``; empty if there is none."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.partition("/")
+        if Path(path[2]).name.startswith(name):
+            return "/" + path[2]
+    return ""
+
+
+def _flusher() -> Callable[[], None]:
+    """UCX's own flush of its log: ``fflush(NULL)`` could wait for a stream that another thread is reading."""
+    path = _library("libucs")
+    function = getattr(ctypes.CDLL(path), "ucs_log_flush", None) if path else None
+    if function is None:
+        return _no_flush
+    function.restype = None
+
+    def flush() -> None:
+        function()
+
+    return flush
