@@ -23,8 +23,12 @@ REASON = re.compile(r"# noqa: BLE001\s+\S.{10,}")
 
 READS_ENVIRONMENT = {
     "config.py": "the one table of settings",
+    "cli/__init__.py": "gRPC's own log level, which it takes from nowhere else",
     "auth.py": "where the user keeps state (XDG_STATE_HOME)",
     "runtime/distributed.py": "ranks, as torchrun and mpirun tell them",
+    "engines/native/smollm2.py": "where the user keeps caches (XDG_CACHE_HOME)",
+    "transport/nixl/agent.py": "NIXL's own settings, which it takes from nowhere else",
+    "transport/nixl/lanes.py": "UCX's own settings, which it takes from nowhere else",
 }
 
 

@@ -30,8 +30,8 @@ def test_plain_values_come_out_as_prometheus_metrics() -> None:
     metrics.path("nixl", "nixl/ucx:cma")
     metrics.leases(3)
     metrics.held(17)
-    metrics.records({"READY": 6, "LOADING": 1})
-    metrics.request("Find", "ok")
+    metrics.live_leases(6)
+    metrics.request("FindReplicas")
     lines = shown(metrics)
     for line in (
         'weightwire_phase_seconds_sum{phase="transfer"} 0.3',
@@ -44,8 +44,8 @@ def test_plain_values_come_out_as_prometheus_metrics() -> None:
         'weightwire_transport_path_info{path="nixl/ucx:cma",transport="nixl"} 1.0',
         "weightwire_read_leases 3.0",
         "weightwire_raw_held_bytes 17.0",
-        'weightwire_records{state="READY"} 6.0',
-        'weightwire_requests_total{method="Find",outcome="ok"} 1.0',
+        "weightwire_live_leases 6.0",
+        'weightwire_requests_total{method="FindReplicas"} 1.0',
     ):
         name = line.rsplit(" ", 1)[0]
         found = [each for each in lines if each.rsplit(" ", 1)[0] == name]
@@ -68,22 +68,13 @@ def test_only_one_state_is_shown() -> None:
     ]
 
 
-def test_records_that_are_gone_are_not_shown() -> None:
-    metrics = Metrics()
-    metrics.records({"READY": 2})
-    metrics.records({"LOADING": 1})
-    assert [line for line in shown(metrics) if line.startswith("weightwire_records")] == [
-        'weightwire_records{state="LOADING"} 1.0'
-    ]
-
-
 BAD: list[Callable[[Metrics], object]] = [
     lambda m: m.phase("nonsense", 1.0),
     lambda m: m.phase("transfer", "soon"),  # type: ignore[arg-type]
     lambda m: m.moved("tcp", RECEIVED, -1),
     lambda m: m.moved("tcp", RECEIVED, None),  # type: ignore[arg-type]
     lambda m: m.leases("many"),  # type: ignore[arg-type]
-    lambda m: m.records(None),  # type: ignore[arg-type]
+    lambda m: m.live_leases(None),  # type: ignore[arg-type]
     lambda m: m.bad_leaves(1 << 100000),
 ]
 

@@ -12,6 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,23 @@ import typer
 from rich.table import Table
 
 from weightwire.auth import default_secret_path, load_secret
-from weightwire.cli.frame import FAILURE, JsonOption, SecretOption, UrlOption, VerboseOption, begin, out, settings
+from weightwire.cli.frame import (
+    FAILURE,
+    JsonOption,
+    SecretOption,
+    UrlOption,
+    VerboseOption,
+    begin,
+    out,
+    secret,
+    settings,
+)
 from weightwire.config import Settings
-from weightwire.errors import AuthError
+from weightwire.errors import AuthError, WeightwireError
+from weightwire.wire.metadata_client import MetadataStub
 
 PROBE_SECONDS = 60.0
+SERVER_SECONDS = 5.0
 RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
@@ -88,6 +101,7 @@ def _print(checks: list[Check]) -> None:
 def _examine(found: Settings, seconds: float) -> Iterator[Check]:
     yield check_secret(found.secret_file)
     yield check_ports(found.bind, found.advertise)
+    yield check_server(found)
     yield check_rdma(required=found.require_rdma)
     yield check_cuda(seconds)
     probes = {name: probe(name, seconds) for name in ("nixl", "tcp")}
@@ -125,6 +139,26 @@ def check_ports(bind: str | None, advertise: str | None) -> Check:
     return Check(name="ports", verdict=Verdict.OK, detail=f"listening on {host} works, and {target} reaches it")
 
 
+def check_server(found: Settings) -> Check:
+    """Whether the metadata server answers, and holds the same secret."""
+    if found.url is None:
+        detail = "none is named; give --url HOST:PORT or set WEIGHTWIRE_URL to have it tried"
+        return Check(name="server", verdict=Verdict.NOTE, detail=detail)
+    try:
+        stub = MetadataStub(found.url, secret(found))
+        try:
+            began = time.monotonic()
+            count = len(stub.sources("", SERVER_SECONDS))
+        finally:
+            stub.close()
+    except WeightwireError as error:
+        return Check(name="server", verdict=Verdict.FAIL, detail=str(error))
+    took = 1000 * (time.monotonic() - began)
+    return Check(
+        name="server", verdict=Verdict.OK, detail=f"{found.url} answered in {took:.0f} ms, {count} publications"
+    )
+
+
 def check_rdma(*, required: bool, root: Path = RDMA_DEVICES) -> Check:
     """Whether there are RDMA devices."""
     names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
@@ -149,7 +183,8 @@ def judge_transports(probes: dict[str, dict[str, Any]], found: Settings) -> Iter
         path = f" over {result['path']}" if result["path"] not in ("", name) else ""
         yield Check(name=name, verdict=Verdict.OK if result["ok"] else failed, detail=f"{result['detail']}{path}")
     if usable:
-        yield Check(name="transports", verdict=Verdict.OK, detail=f"would use {', then '.join(usable)}")
+        refused = "".join(f"; {name} only reads, as {reason}" for name, reason in found.refused.items())
+        yield Check(name="transports", verdict=Verdict.OK, detail=f"would use {', then '.join(usable)}{refused}")
         return
     asked = ", ".join(found.transports)
     detail = f"none of {asked} works here; see above, or set WEIGHTWIRE_TRANSPORTS"

@@ -11,6 +11,7 @@ import typer
 from weightwire.cli.doctor import doctor
 from weightwire.cli.frame import FAILURE, INTERRUPTED, USAGE, VerboseOption, begin, show_error
 from weightwire.cli.inspect import inspect
+from weightwire.cli.serve import serve
 from weightwire.cli.sources import sources
 from weightwire.cli.version import version
 from weightwire.errors import WeightwireError
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (sources, inspect, doctor, version):
+for command in (serve, sources, inspect, doctor, version):
     app.command()(command)
 
 

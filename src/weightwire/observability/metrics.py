@@ -99,17 +99,12 @@ SPECS: tuple[Spec, ...] = (
         kind="gauge",
         doc="Bytes held only because raw weights stay published while the engine uses transformed ones.",
     ),
-    Spec(
-        name="weightwire_records",
-        kind="gauge",
-        labels=("state",),
-        doc="Metadata server: registered ranks by state.",
-    ),
+    Spec(name="weightwire_live_leases", kind="gauge", doc="Metadata server: publications whose lease lives."),
     Spec(
         name="weightwire_requests_total",
         kind="counter",
-        labels=("method", "outcome"),
-        doc="Metadata server: requests by method and outcome (ok, or the kind of error).",
+        labels=("method",),
+        doc="Metadata server: calls that were answered, by method.",
     ),
 )
 
@@ -207,18 +202,14 @@ class Metrics:
         self._set("weightwire_raw_held_bytes", nbytes)
 
     @_never_raises
-    def records(self, counts: Mapping[str, int]) -> None:
-        """Registered ranks by state, all of them; a state that is left out has none."""
-        gauge = self._plain["weightwire_records"]
-        with self._lock:
-            gauge.clear()
-            for state, count in counts.items():
-                self._set("weightwire_records", count, state)
+    def live_leases(self, count: int) -> None:
+        """The metadata server keeps ``count`` leases now."""
+        self._set("weightwire_live_leases", count)
 
     @_never_raises
-    def request(self, method: str, outcome: str) -> None:
-        """The metadata server answered ``method``: ``ok``, or the type name of the error."""
-        self._count("weightwire_requests_total", 1, method, outcome)
+    def request(self, method: str) -> None:
+        """The metadata server answered a call of ``method``."""
+        self._count("weightwire_requests_total", 1, method)
 
     def _child(self, name: str, labels: tuple[str, ...]) -> Counter | Gauge:
         return self._plain[name].labels(*labels) if labels else self._plain[name]
