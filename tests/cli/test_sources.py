@@ -13,6 +13,8 @@ from cli_process import COMMAND, assert_one_line_error, environment, weightwire
 from cli_server import IDENTITY, Serving, publication, serving
 
 from weightwire.auth import Secret, load_secret
+from weightwire.cli.doctor import Verdict, check_server
+from weightwire.config import Settings
 from weightwire.errors import GenerationMoved
 from weightwire.manifest.records import DIGEST_BYTES, Entry, Layout, Manifest
 from weightwire.types import Coordinates, Role, Stage, TensorClass
@@ -100,10 +102,9 @@ def test_h49_a_wrong_secret_gets_nothing(tmp_path: Path, published: Serving) -> 
     assert_one_line_error(done, "secret")
     assert "acme/tiny" not in done.err
     assert "quite another" not in done.err
-    checks = json.loads(
-        weightwire(tmp_path, "doctor", "--json", "--url", published.url, "--secret-file", str(wrong)).out
-    )
-    assert [check["verdict"] for check in checks if check["name"] == "server"] == ["FAIL"]
+    assert check_server(Settings(url=published.url, secret_file=wrong)).verdict is Verdict.FAIL
+    right = Settings(url=published.url, secret_file=tmp_path / "weightwire" / "secret")
+    assert check_server(right).verdict is Verdict.OK
 
 
 def test_no_server_named_says_how_to_name_one(tmp_path: Path) -> None:
