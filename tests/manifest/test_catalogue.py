@@ -153,6 +153,45 @@ def test_h71_recomputed_buffers_and_gaps_do_not_enter_the_content_id() -> None:
     assert first.derived_id != second.derived_id
 
 
+def test_h01_references_added_after_construction_are_no_names() -> None:
+    module = Tied("object")
+    names = capture(module)
+    before = catalogue(module, names).layout
+    module.__dict__["fused"] = [module.body.weight, module.body.weight.data[2:]]
+    module.body.register_parameter("again", module.body.bias)
+    assert catalogue(module, names).layout == before
+    assert catalogue(module).layout != before
+
+
+def test_h01_the_first_name_at_construction_stays_the_canonical_one() -> None:
+    module = nn.Module()
+    module.register_parameter("b", nn.Parameter(torch.ones(2)))
+    names = capture(module)
+    held = module._parameters.pop("b")
+    module.register_parameter("a", held)
+    module.register_parameter("b", held)
+    (entry,) = catalogue(module, names).layout.entries
+    assert (entry.name, entry.aliases) == ("b", ())
+    (entry,) = catalogue(module).layout.entries
+    assert (entry.name, entry.aliases) == ("a", ("b",))
+
+
+def test_a_weight_inside_a_derived_buffer_makes_the_whole_a_weight() -> None:
+    module = Held(None)
+    store = torch.zeros(6)
+    module.register_buffer("made", store, persistent=False)
+    module.bias = nn.Parameter(store[:2])
+    assert {entry.kind for entry in catalogue(module).layout.entries} == {TensorClass.WEIGHT}
+
+
+def test_h20_a_view_into_a_tensor_with_gaps_is_refused() -> None:
+    store = torch.zeros(4, 6)
+    module = Held(store[1:2, :2], "weight")
+    module.weight = nn.Parameter(store[:, :3])
+    with pytest.raises(CatalogueError, match="scale and weight share some bytes"):
+        catalogue(module)
+
+
 def test_h02_separate_storages_with_equal_bytes_are_two_entries() -> None:
     assert {"embed.weight", "head.weight"} < entry_names(catalogue(Tied("not")))
 

@@ -14,6 +14,8 @@ from weightwire.manifest.device_memory import tensor_at
 from weightwire.manifest.dtypes import ITEM_BYTES
 from weightwire.manifest.orders import canonical_dims
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 MAX_RUNS = 65536
 """A tensor in more separate runs of memory than this is refused: its address list would outweigh it."""
 
@@ -54,7 +56,9 @@ class Footprint:
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """``(address, nbytes)`` of each contiguous run, ascending, which is also the logical order."""
-        if self.nbytes == 0:
+        if self.dense:
+            if self.nbytes:
+                yield self.address, self.nbytes
             return
         outer, inner = _split(self)
         yield from ((self.address + start, inner) for start in _starts(outer))
@@ -81,9 +85,13 @@ def measure(name: str, tensor: torch.Tensor) -> Footprint:
         raise CatalogueError(f"{name} has dtype {dtype}, whose bytes have no agreed meaning", "store it as integers")
     if tensor.numel() == 0:
         return Footprint(str(tensor.device), 0, 0, 0, dtype, shape, stride, tuple(range(len(shape))))
+    item = ITEM_BYTES[dtype]
+    if tensor.is_contiguous():
+        nbytes = tensor.numel() * item
+        order = tuple(range(len(shape)))
+        return Footprint(_device(tensor), tensor.data_ptr(), nbytes, nbytes, dtype, shape, stride, order)
     order = _memory_order(shape, stride)
     _refuse_shared_bytes(name, shape, stride, order)
-    item = ITEM_BYTES[dtype]
     extent = (1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))) * item
     found = Footprint(_device(tensor), tensor.data_ptr(), extent, tensor.numel() * item, dtype, shape, stride, order)
     _refuse_fragments(name, found)
@@ -108,14 +116,16 @@ def overlap(one: Footprint, other: Footprint) -> bool:
 
 def _refuse_opaque(name: str, tensor: torch.Tensor) -> None:
     kind = type(tensor).__name__
-    if any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
+    if type(tensor) in _PLAIN:
+        kind = ""
+    elif any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
         raise CatalogueError(f"{name} is a DTensor", "publish its local tensor (to_local())")
-    if kind in {"UninitializedParameter", "UninitializedBuffer"}:
+    elif kind in {"UninitializedParameter", "UninitializedBuffer"}:
         raise CatalogueError(f"{name} is not initialized yet", "run the module once, or give it its shape")
     if tensor.layout != torch.strided or tensor.is_quantized:
         layout = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
         raise CatalogueError(f"{name} has layout {layout}, which has no plain bytes", "store it as dense tensors")
-    wraps: bool = is_traceable_wrapper_subclass(tensor)  # typed as a guard that no Tensor passes
+    wraps: bool = bool(kind) and is_traceable_wrapper_subclass(tensor)  # typed as a guard that no Tensor passes
     if wraps or kind == "FakeTensor":
         raise CatalogueError(f"{name} is a {kind}, which wraps other tensors", "hold the inner tensors as buffers")
     if tensor.is_meta:

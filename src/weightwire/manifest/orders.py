@@ -12,7 +12,10 @@ def canonical_dims(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...
         shape: sizes.
         order: a permutation of the dimensions, slowest first.
     """
+    ascending = tuple(range(len(shape)))
+    if tuple(order) == ascending:
+        return ascending
     real = [dim for dim in order if shape[dim] != 1]
     if real == sorted(real) or 0 in shape:
-        return tuple(range(len(shape)))
+        return ascending
     return (*real, *(dim for dim in range(len(shape)) if shape[dim] == 1))

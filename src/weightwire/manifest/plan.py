@@ -185,13 +185,17 @@ def _validate_entry(entry: Entry) -> None:
     _demand(isinstance(entry.kind, TensorClass) and entry.kind is not TensorClass.RUNTIME, f"{what} has no class")
     count = _validate_shape(what, entry.dtype, entry.shape)
     _demand(_natural(entry.nbytes) and entry.nbytes == count * ITEM_BYTES[entry.dtype], f"{what} has the wrong size")
-    _demand(len(entry.order) == len(entry.shape) and all(map(_natural, entry.order)), f"{what} has a bad order")
-    _demand(sorted(entry.order) == list(range(len(entry.shape))), f"{what} has a bad order")
-    _demand(canonical_dims(entry.shape, entry.order) == tuple(entry.order), f"{what} has no canonical order")
+    _validate_order(what, entry)
     _demand(sorted(entry.aliases) == list(entry.aliases), f"{what} has unsorted aliases")
     _demand([v.name for v in entry.views] == sorted(v.name for v in entry.views), f"{what} has unsorted views")
     for view in entry.views:
         _validate_view(entry, view)
+
+
+def _validate_order(what: str, entry: Entry) -> None:
+    _demand(len(entry.order) == len(entry.shape) and all(map(_natural, entry.order)), f"{what} has a bad order")
+    _demand(sorted(entry.order) == list(range(len(entry.shape))), f"{what} has a bad order")
+    _demand(canonical_dims(entry.shape, entry.order) == tuple(entry.order), f"{what} has no canonical order")
 
 
 def _validate_view(entry: Entry, view: View) -> None:
