@@ -18,8 +18,11 @@ from weightwire.metadata.api import Metadata
 from weightwire.types import Json
 
 MAX_VALUE_BYTES = 64 * 1024
+MAX_REASON = 500
 DEFAULT_VOTE_S = 30.0
 _POLL_S = 0.02
+_SLICE_S = 0.25
+"""How long a rank waits for a vote before it looks whether the step was decided without it."""
 _T = TypeVar("_T")
 
 
@@ -181,9 +184,15 @@ class Group:
         until = time.monotonic() + (self.vote_s if timeout is None else timeout)
         votes: list[Vote | None] = []
         for rank in range(self.size):
-            found = self.store.wait(self._vote_key(step, rank), max(0.0, until - time.monotonic()))
-            votes.append(None if found is None else _vote(_decoded(found)))
+            recorded = self.store.wait(self._key(step), 0.0)
+            if recorded is not None:  # another rank has had all votes, or has waited long enough
+                return _verdict(_decoded(recorded), self.size)
+            votes.append(self._await(step, rank, until))
         return _verdict(self.once(step, _summary(votes)), self.size)
+
+    def refuse(self, step: str, reason: str) -> None:
+        """Say no at ``step`` without waiting for what is recorded: the others learn it as soon as they get there."""
+        self._post(step, Vote(ok=False, reason=reason))
 
     def gather(self, step: str, value: Json, timeout: float | None = None) -> list[Json]:
         """Every rank's value, in rank order.
@@ -196,9 +205,20 @@ class Group:
             raise lost(verdict.silent, step)
         return list(verdict.values)
 
+    def _await(self, step: str, rank: int, until: float) -> Vote | None:
+        """A rank's vote; None when time is over, or when the step was decided without it."""
+        while True:
+            left = max(0.0, until - time.monotonic())
+            found = self.store.wait(self._vote_key(step, rank), min(left, _SLICE_S))
+            if found is not None:
+                return _vote(_decoded(found))
+            if left <= _SLICE_S or self.store.wait(self._key(step), 0.0) is not None:
+                return None
+
     def _post(self, step: str, mine: Vote) -> None:
         self.store.record(
-            self._vote_key(step, self.rank), _encoded({"ok": mine.ok, "reason": mine.reason, "value": mine.value})
+            self._vote_key(step, self.rank),
+            _encoded({"ok": mine.ok, "reason": mine.reason[:MAX_REASON], "value": mine.value}),
         )
 
     def _key(self, step: str) -> str:
