@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def _read_launcher(environ: Mapping[str, str], names: tuple[str, str, str]) -> t
     return rank, size, rank if local is None else local
 
 
-def discover_rank(environ: Mapping[str, str]) -> RankEnvironment:
+def discover_rank(environ: Mapping[str, str] | None = None) -> RankEnvironment:
     """Read this process's rank from what torchrun, mpirun or a PMI launcher exported; rank 0 of 1 where none did.
 
     Several ranks need ``MASTER_ADDR`` (default: this host) and ``MASTER_PORT``.
@@ -87,6 +88,7 @@ def discover_rank(environ: Mapping[str, str]) -> RankEnvironment:
         ConfigError: half of a pair is missing, a value is not a number, two launchers contradict each other, or the
             port is missing. Never guessed: a wrong rank loads a wrong shard.
     """
+    environ = os.environ if environ is None else environ
     found = {name: _read_launcher(environ, names) for name, names in _LAUNCHERS.items()}
     told = {name: value for name, value in found.items() if value is not None}
     if len({value[:2] for value in told.values()}) > 1:

@@ -134,6 +134,15 @@ class Publication:
 
     # ---- what its owner calls
 
+    @property
+    def over(self) -> bool:
+        """Whether it was withdrawn; it never comes back."""
+        return not self._life.published
+
+    def learn(self, build_facts: Mapping[str, Json]) -> None:
+        """What construction learnt, for readers to apply before they construct. Legal while ``LOADING``."""
+        self.claim = dataclasses.replace(self.claim, build_facts=dict(build_facts))
+
     def progress(self, done: int, total: int) -> None:
         """How far loading is, in bytes; others may wait for it while this moves."""
         self._done = (done, total)
