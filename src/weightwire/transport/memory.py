@@ -64,6 +64,10 @@ def runs(segments: Sequence[Segment], stage_bytes: int = STAGE_BYTES) -> Iterato
 
     A run lies on the host (and is of any length), or on one device (and is at most ``stage_bytes`` long).
     """
+    if on_host(segments):  # nearly always, and worth it where segments are many
+        if segments:
+            yield list(segments)
+        return
     run: list[Segment] = []
     room = 0
     for segment in segments:

@@ -100,14 +100,13 @@ class TcpConnection:
 
     def read(self, span: Span, into: Registration) -> TcpRead:
         """Ask for ``span`` at once; longer ones than ``MAX_READ_BYTES`` travel as several requests."""
-        into.memory.slices(span)  # IndexError before anything is sent
-        pieces = list(_cut(span))
+        pieces = [(piece, into.memory.slices(piece)) for piece in _cut(span)]  # IndexError before anything is sent
         read = TcpRead(self, into, len(pieces))
         with self._turn():
-            for piece in pieces:
+            for piece, segments in pieces:
                 request = frames.Request(self._sequence, piece)
                 self._sequence = (self._sequence + 1) % frames.SEQUENCES
-                self._unsent.append(_Part(read, request, into.memory.slices(piece)))
+                self._unsent.append(_Part(read, request, segments))
             self._send_requests()
         return read
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import socket
 import threading
@@ -22,8 +23,11 @@ from weightwire.transport.tcp.server import Server, Service, listen
 from weightwire.transport.tcp.settings import TcpSettings
 from weightwire.transport.tcp.stream import OverdueError, Stream
 
-STREAMS = 2
-"""Connections to one peer that pay (``bench/tcp.py``)."""
+STREAMS = 4 if len(os.sched_getaffinity(0)) >= 8 else 2
+"""Connections to one peer that pay, in reads of 8 to 16 MiB (``bench/tcp.py``, 512 MiB over loopback, both ends on it).
+
+On 16 cores 1, 2 and 4 streams ran at 3.4, 6.2 and 12 GB/s; on two cores at 3.2, 4.9 and 5.0.
+"""
 
 _log = logging.getLogger(__name__)
 
