@@ -16,7 +16,6 @@ MAX_STATES = 1_000_000
 MAX_NAMES = 1_000_000
 MAX_LEAVES = 4 * 1024 * 1024
 """4 TiB of one shard."""
-MAX_SHARD_BYTES = MAX_LEAVES * 1024 * 1024
 MAX_MANIFEST_BYTES = 1024 * 1024 * 1024
 """All parts of one manifest together, as they arrive."""
 MAX_NAME = 1024
