@@ -50,8 +50,8 @@ class Classifier:
     def _by_module(self, module: nn.Module) -> dict[str, TensorClass]:
         found = self._declared.get(id(module))
         if found is None:
-            method = getattr(module, "tensor_classes", None)
-            declared = method() if callable(method) else {}
+            method = getattr(type(module), "tensor_classes", None)  # a module's own getattr is slow where it fails
+            declared = method(module) if callable(method) else {}
             found = {name: _parse(f"{type(module).__name__}.{name}", kind) for name, kind in declared.items()}
             self._declared[id(module)] = found
         return found

@@ -83,9 +83,12 @@ def name_groups(groups: Sequence[Group], names: ConstructionNames | None, stale:
 
 def _entry(group: Group, order: Mapping[str, int]) -> Named:
     """Construction-time names where there are any (later ones are alias wiring), else all in order of preference."""
-    known = sorted((m for m in group.aliases if m.slot.name in order), key=lambda m: order[m.slot.name])
-    aliases = known or sorted(group.aliases, key=lambda m: m.rank)
-    views = [m for m in group.views if not order or m.slot.name in order]
+    aliases, views = group.aliases, group.views
+    if len(aliases) > 1:
+        known = sorted((m for m in aliases if m.slot.name in order), key=lambda m: order[m.slot.name])
+        aliases = known or sorted(aliases, key=lambda m: m.rank)
+    if order:
+        views = [m for m in views if m.slot.name in order]
     primary, print_ = aliases[0], group.owner.footprint
     entry = Entry(
         name=primary.slot.name,
