@@ -25,13 +25,14 @@ class Encoder(nn.Module):
             assert isinstance(self.norm.running_mean, torch.Tensor)
             self.norm.running_mean.copy_(torch.randn(width, generator=generator))
         self.tied.weight = self.head.weight
-        self.half = self.big.weight.detach()[:550]
+        self.window = self.big.weight.detach()[:550]
         self.register_buffer("steps", torch.arange(7) * seed)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """(batch, 3, h, w) -> (batch, 640)."""
         features = self.norm(self.conv(image)).mean(dim=(2, 3))
-        return self.head(features) + self.tied(features) + self.half.sum()
+        scores: torch.Tensor = self.head(features) + self.tied(features) + self.window.sum()
+        return scores
 
 
 def identity(revision: str | None = "r1", **fields: object) -> Identity:

@@ -43,14 +43,11 @@ def assert_same(left: Encoder, right: Encoder) -> None:
     assert torch.equal(left.eval()(image), right.eval()(image))
 
 
-@pytest.mark.parametrize("transports", ["tcp", pytest.param("nixl,tcp", marks=pytest.mark.nixl)])
-def test_a_module_is_received_from_another_process(publish: Publish, settings: Settings, transports: str) -> None:
-    source = publish(seed=1, transports=transports)
+def test_a_module_is_received_from_another_process(publish: Publish, settings: Settings) -> None:
+    source = publish(seed=1)
     ready, content_id, weights_id = source.line()
     assert ready == "ready"
     module = poisoned()
-    if transports != "tcp":
-        pytest.skip("read in a child process below: an agent in this one would end pytest badly")
     report = weightwire.receive(module, identity(), settings=settings)
     assert_same(module, Encoder(8, seed=1))
     assert report.verified
@@ -64,7 +61,7 @@ def test_h03_the_view_is_still_a_view_afterwards(publish: Publish, settings: Set
     publish().line()
     module = poisoned()
     weightwire.receive(module, identity(), settings=settings)
-    assert module.half.data_ptr() == module.big.weight.data_ptr()
+    assert module.window.data_ptr() == module.big.weight.data_ptr()
     assert module.tied.weight is module.head.weight
 
 
@@ -107,7 +104,7 @@ def test_h19_another_shape_is_refused_before_the_first_byte(publish: Publish, se
 
 
 def test_h33_an_unreachable_server_is_one_bounded_error(settings: Settings) -> None:
-    with pytest.raises(MetadataUnreachable, match="127.0.0.1:9"):
+    with pytest.raises(MetadataUnreachable, match=r"127\.0\.0\.1:9"):
         weightwire.receive(poisoned(), identity(), settings=replace(settings, url="127.0.0.1:9"))
 
 

@@ -125,7 +125,8 @@ class SpoiledRead:
             assert isinstance(tensor, torch.Tensor)
             tensor[self.span.offset + self.span.nbytes // 2] ^= 0x80
         else:
-            raise PeerStalled("stalled", "") if isinstance(self.connection.error, FenceTimeout) else self.connection.error
+            fails = self.connection.error
+            raise PeerStalled("stalled", "") if isinstance(fails, FenceTimeout) else fails
 
 
 @pytest.fixture
