@@ -208,7 +208,7 @@ class _TorchStage:
 
 @contextlib.contextmanager
 def _translated(device: str) -> Iterator[None]:
-    """torch's device errors (``RuntimeError`` and its kin) as ours."""
+    """Device errors of torch (``RuntimeError`` and its kin) as ours."""
     try:
         yield
     except RuntimeError as error:
