@@ -6,8 +6,10 @@ binding change nothing. Tensors are grouped by the bytes that they cover; ties a
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Mapping
+import gc
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -169,7 +171,7 @@ def catalogue(
         CatalogueError: something has no exact description: a tensor of no class, without plain bytes, overlapping in
             part, or sharing storage with runtime state. Names it.
     """
-    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001  (plain data of tensor subclasses)
+    with _no_collection(), torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001  (plain data of subclasses)
         paths = module_paths(module, names.modules if names else ())
         held = _held(paths)
         classify = Classifier(classes or {})
@@ -186,6 +188,20 @@ def catalogue(
             entries=canonical_order(item.entry for item in named), state=declared.collect(paths), absent=tuple(absent)
         )
         return _assemble(layout, named)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pause the cycle collector: the walk makes many small objects and no cycles, and each full collection of a heap
+    with a model in it costs more than the walk itself.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _held(paths: Mapping[str, nn.Module]) -> list[Slot]:
