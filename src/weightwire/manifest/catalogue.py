@@ -192,8 +192,10 @@ def catalogue(
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Pause the cycle collector: the walk makes many small objects and no cycles, and each full collection of a heap
-    with a model in it costs more than the walk itself.
+    """Pause the cycle collector.
+
+    The walk makes many small objects and no cycles, and a full collection of a heap with a model in it costs more
+    than the walk itself.
     """
     enabled = gc.isenabled()
     gc.disable()
