@@ -129,6 +129,7 @@ class LiveCheckpointLoader:
                 f"no peer ({self._missed.problem}) and no disk ({error.problem})", self._missed.remedy or error.remedy
             ) from error
         self.report.source, self.report.stage = "disk", ""
+        process_metrics().load("disk")
         seconds = time.monotonic() - began
         self.report.steps.append(Step(way="disk", who=where, outcome="ok", seconds=seconds))
         if self._missed is not None:

@@ -10,12 +10,13 @@ from typing import Self
 
 from weightwire.auth import Secret, load_secret
 from weightwire.config import Settings
-from weightwire.errors import ConfigError
+from weightwire.errors import ConfigError, PublishError
 from weightwire.metadata.client import MetadataClient
+from weightwire.metadata.endpoints import check_endpoint, local_address
 from weightwire.source.node import Node
 from weightwire.target.reader import Reader
 from weightwire.transport.base import ReadGate, Transport
-from weightwire.transport.host import facing, host_id
+from weightwire.transport.host import host_id
 from weightwire.transport.opening import Opened, close_transports, open_transports
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class Member:
 
     Raises:
         ConfigError: no address of a metadata server, or no transport works here.
+        PublishError: others could not reach what would be advertised; names address and interface.
         AuthError: the secret file cannot be used.
     """
 
@@ -40,7 +42,7 @@ class Member:
         self.secret: Secret = load_secret(settings.secret_file)
         self.metadata = MetadataClient(settings.url, self.secret)
         self._node: Node | None = None
-        self._bind = settings.bind or facing(settings.url)
+        self._bind = settings.bind or local_address(settings.url)
         self._opened: Opened
         if serves:
             self._node = self._serve()
@@ -96,7 +98,7 @@ class Member:
             self._opened = open_transports(self.settings, self.secret, gates, self._bind, advertise)
             return self._opened.transports
 
-        return Node(
+        node = Node(
             metadata=self.metadata,
             keeper=self.metadata.keeper,
             secret=self.secret,
@@ -104,3 +106,10 @@ class Member:
             bind=self._bind,
             advertise=advertise,
         )
+        try:
+            for endpoint in node.endpoints:
+                check_endpoint(endpoint, self.metadata.url)
+        except PublishError:
+            node.close()
+            raise
+        return node

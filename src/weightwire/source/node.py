@@ -12,7 +12,7 @@ from weightwire.auth import Secret
 from weightwire.errors import GenerationMoved, ProtocolError
 from weightwire.manifest.records import Manifest
 from weightwire.metadata.api import Keeping, Metadata
-from weightwire.observability.metrics import Metrics, process_metrics
+from weightwire.observability.metrics import SERVED, Metrics, process_metrics
 from weightwire.source.publication import Claim, Publication
 from weightwire.transport.base import ReadGate, Registration, Transport
 from weightwire.transport.host import host_id
@@ -133,7 +133,9 @@ class Node:
 
     def admit(self, lease: bytes, span: Span, transport: str) -> Registration:
         """What a transport may serve under ``lease``; see ``LeaseTable.admit``."""
-        return self._under(lease).leases.admit(lease, span, transport)
+        registration = self._under(lease).leases.admit(lease, span, transport)
+        self.metrics.moved(transport, SERVED, span.nbytes)
+        return registration
 
     def _publication(self, shard_key: str) -> Publication:
         with self._lock:

@@ -20,6 +20,7 @@ from weightwire.manifest.leaves import chunk_bytes
 from weightwire.manifest.plan import TransferPlan, plan
 from weightwire.manifest.records import Manifest, weights_id
 from weightwire.metadata.decision import Group, Vote
+from weightwire.observability.metrics import PHASES, RECEIVED, process_metrics
 from weightwire.observability.progress import Progress, silent
 from weightwire.target.discover import Discovery
 from weightwire.target.offer import Offer, Want
@@ -110,12 +111,14 @@ class Receiver:
             self._step("failed", error, began)
             self._finish(Vote(ok=False, reason=error.problem))
             raise
+        _measure(self.report)
         verdict = self._finish(Vote(ok=True, value=[self.want.coordinates.label(), agreed.manifest.content_id]))
         if verdict is not None:
             catalogue.restore(kept)
             self._step("failed", verdict, began)
             raise verdict
         self._step("ok", None, began)
+        process_metrics().load("peer")
         self.report.source, self.report.verified = "peer", True
         self.report.content_id = agreed.manifest.content_id
         return self.report
@@ -224,6 +227,8 @@ class Receiver:
         error = share.error
         assert error is not None
         self.report.warnings.append(f"{share.peer} was dropped: {error.problem}")
+        process_metrics().retry(type(error).__name__)
+        process_metrics().bad_leaves(share.bad_leaves)
         if isinstance(error, GenerationMoved) or session.moved():
             return  # it withdrew, as it may: no blame
         session.blame(error, error.leaf if isinstance(error, BadLeaf) else -1)
@@ -258,6 +263,18 @@ class _Tally:
     def __call__(self, nbytes: int) -> None:
         self.done += nbytes
         self.progress("transfer", self.done, self.total, "bytes")
+
+
+def _measure(report: LoadReport) -> None:
+    """What the process's metrics are told of a load whose bytes have arrived."""
+    metrics = process_metrics()
+    for phase in PHASES:
+        if phase in report.seconds:
+            metrics.phase(phase, report.seconds[phase])
+    for share in report.shares:
+        transport = share.path.partition("/")[0]
+        metrics.moved(transport, RECEIVED, share.nbytes)
+        metrics.path(transport, share.path)
 
 
 def _not_refillable(catalogue: Catalogue) -> list[str]:

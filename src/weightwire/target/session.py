@@ -6,9 +6,10 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from weightwire.errors import AuthError, GenerationMoved, PeerLost, TransferError, WeightwireError
+from weightwire.observability.metrics import process_metrics
 from weightwire.target.reader import Reader
 from weightwire.transport.base import Connection
 from weightwire.wire.messages import Candidate, FailureKind, OpenRead, PeerFailure, ReadGrant
@@ -59,6 +60,7 @@ class PeerSession:
                     slower = self._usable[1]
                     self.warnings.append(f"{self.label}: {self.transport} failed ({error.problem}), using {slower}")
                     log.warning("%s", self.warnings[-1])
+                    process_metrics().slow_path(self.transport, slower)
                     self._usable.pop(0)
                     self.transport = slower
 
@@ -154,6 +156,10 @@ def contact(reader: Reader, candidate: Candidate) -> PeerClient:
 
 
 def peer_label(candidate: Candidate) -> str:
-    """How logs and reports name a peer: where it is, and which process life."""
-    record = candidate.record
-    return f"{record.endpoints[0] if record.endpoints else '?'} ({record.incarnation[:8]})"
+    """How logs and reports name a peer."""
+    return peer_name(candidate.record.endpoints, candidate.record.incarnation)
+
+
+def peer_name(endpoints: Sequence[str], incarnation: str) -> str:
+    """Where a peer is, and which process life."""
+    return f"{endpoints[0] if endpoints else '?'} ({incarnation[:8]})"
