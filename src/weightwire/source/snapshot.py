@@ -63,14 +63,14 @@ class Snapshot:
         Which storages it may change is what ``module.transform_effect()`` declares; a module that declares nothing may
         change anything below it.
         """
-        before = _own_tensors(module)
+        before = own_tensors(module)
         raw = {name: tensor for name, tensor in before.items() if _pointer(tensor) in self.published}
         clones = self._detach(_may_change(module, before))
         try:
             yield
         finally:
             self._settle(clones)
-            after = _own_tensors(module)
+            after = own_tensors(module)
             gone = [tensor for name, tensor in raw.items() if after.get(name) is not tensor]
             self.held.replaced += sum(map(_bytes_of, gone))
 
@@ -140,12 +140,13 @@ def _may_change(module: nn.Module, own: Mapping[str, torch.Tensor]) -> list[torc
     if declare is None:
         if not hasattr(module, "transform_weights") and not hasattr(module, "post_load_weights"):
             return []
-        return [tensor for child in module.modules() for tensor in _own_tensors(child).values()]
+        return [tensor for child in module.modules() for tensor in own_tensors(child).values()]
     effects: Mapping[str, Effect] = declare()
     return [own[name] for name, effect in effects.items() if effect == "in_place" and name in own]
 
 
-def _own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, buffers and plain tensor attributes of this module alone, by attribute."""
     held = (*module._parameters.items(), *module._buffers.items(), *vars(module).items())  # noqa: SLF001
     return {name: value for name, value in held if isinstance(value, torch.Tensor)}
 

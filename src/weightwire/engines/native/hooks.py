@@ -11,9 +11,10 @@ from torch import nn
 from weightwire.errors import PublishError
 from weightwire.manifest.catalogue import ConstructionNames, capture, catalogue
 from weightwire.manifest.records import Manifest
-from weightwire.metadata.decision import Group
+from weightwire.metadata.decision import Group, Vote
 from weightwire.observability.progress import Progress
 from weightwire.runtime.models.llama import LlamaForCausalLM
+from weightwire.source.budget import over_budget
 from weightwire.source.publication import Publication
 from weightwire.source.publish import PublishReport, publish_shard
 from weightwire.source.snapshot import Snapshot
@@ -72,7 +73,7 @@ class PublishingHooks:
 
     def loaded(self, model: nn.Module) -> None:
         """All raw bytes are in place: publish them, unless another stage was asked for."""
-        if not self._early:
+        if not self._early or self._too_costly(model):
             return
         self._publish(Stage.LOADED, model)
         if self.publication is not None:
@@ -101,6 +102,14 @@ class PublishingHooks:
         if self.publication is not None:
             self.publication.withdraw()
             self.publication, self._snapshot = None, None
+
+    def _too_costly(self, model: nn.Module) -> bool:
+        """Whether holding raw bytes beside transformed ones is declined, by all ranks together; no failed attempt."""
+        reason = over_budget(model)
+        verdict = self._group.vote("raw budget", Vote(ok=not reason, reason=reason))
+        if not verdict.ok:
+            log.warning("the raw stage is not published: %s; the processed one will be", verdict.reason)
+        return not verdict.ok
 
     def _publish(self, stage: Stage, model: nn.Module) -> None:
         assert isinstance(model, LlamaForCausalLM)
