@@ -29,7 +29,7 @@ def test_doctor_fails_where_what_is_asked_for_does_not_work(tmp_path: Path) -> N
     secret = tmp_path / "secret"
     secret.write_text("a secret that everybody can read\n")
     secret.chmod(0o644)
-    options = ["--json", "--secret-file", str(secret)]
+    options = ["--json", "--seconds", "1", "--secret-file", str(secret)]
     done = weightwire(tmp_path, "doctor", *options, variables={"WEIGHTWIRE_BIND": "203.0.113.1"})
     assert done.code == 1
     assert verdicts(done)["secret"] == "FAIL"
