@@ -3,7 +3,7 @@
 #   make demo    two replicas of a real model: one loads from disk, the other from the first
 #   make test    all tests                        make check   lint, types, layers, generated files
 #   make bench   the benchmarks                   make proto   regenerate the protobuf code
-#   make docs    regenerate docs/reference.md     make clean   remove everything that was made here
+#   make docs    regenerate parts of docs/         make clean   remove everything that was made here
 #
 # Settings: PYTHON=python3.11  TORCH=torch==2.13.0  VENV=.venv  PYTEST="-k name"
 
@@ -56,6 +56,7 @@ layers: $(STAMP)
 generated: $(STAMP)
 	$(BIN)/python tools/gen_proto.py --check
 	$(BIN)/python tools/gen_reference.py --check
+	$(BIN)/python tools/gen_hazards.py --check
 
 bench: $(STAMP)
 	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
@@ -65,6 +66,7 @@ proto: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python tools/gen_reference.py
+	$(BIN)/python tools/gen_hazards.py
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist

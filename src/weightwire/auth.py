@@ -1,8 +1,8 @@
 """The shared secret, and proofs that both sides hold it without sending it.
 
 The exchange, the same for gRPC and for the data plane: the client sends a fresh nonce; the server answers with its own
-nonce and ``prove("server", …)`` over both; the client checks that and sends ``prove("client", …)``. Both then hold the same
-session key. ``purpose`` and ``binding`` keep a proof from being used on another channel, endpoint or lease.
+nonce and ``prove("server", …)`` over both; the client checks that and sends ``prove("client", …)``. Both then hold
+the same session key. ``purpose`` and ``binding`` keep a proof from being used on another channel, endpoint or lease.
 
 An active attacker on the path can still alter what follows on a connection without TLS: run it on a trusted network.
 """

@@ -69,9 +69,8 @@ class Coordinates:
 
     def label(self) -> str:
         """Short text for logs and keys, for instance ``tp1/3 pp0/1 ep0/1 dp0/1``."""
-        return " ".join(
-            f"{axis}{getattr(self, f'{axis}_rank')}/{getattr(self, f'{axis}_size')}" for axis in ("tp", "pp", "ep", "dp")
-        )
+        axes = ("tp", "pp", "ep", "dp")
+        return " ".join(f"{axis}{getattr(self, f'{axis}_rank')}/{getattr(self, f'{axis}_size')}" for axis in axes)
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -17,7 +17,8 @@ from weightwire.loaders.member import Member
 from weightwire.manifest.catalogue import ConstructionNames, catalogue
 from weightwire.metadata.decision import DecisionStore, Group, TorchDecisions
 from weightwire.observability.progress import Progress, silent
-from weightwire.source.publication import Claim, Publication
+from weightwire.source.described import Claim
+from weightwire.source.publication import Publication
 from weightwire.source.publish import PublishReport, publish_shard
 from weightwire.source.snapshot import Snapshot
 from weightwire.target.offer import Want

@@ -13,7 +13,8 @@ from weightwire.errors import GenerationMoved, ProtocolError
 from weightwire.manifest.records import Manifest
 from weightwire.metadata.api import Keeping, Metadata
 from weightwire.observability.metrics import SERVED, Metrics, process_metrics
-from weightwire.source.publication import Claim, Publication
+from weightwire.source.described import Claim
+from weightwire.source.publication import Publication
 from weightwire.transport.base import ReadGate, Registration, Transport
 from weightwire.transport.host import host_id
 from weightwire.types import Span

@@ -11,13 +11,11 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import nn
 
 from weightwire.errors import GenerationMoved, ProtocolError, PublishError, TransferError, WeightwireError
-from weightwire.identity.identity import Identity
 from weightwire.manifest.address import AddressSpace
 from weightwire.manifest.digest import digest_span
 from weightwire.manifest.records import Manifest
@@ -25,10 +23,12 @@ from weightwire.metadata import lifecycle
 from weightwire.metadata.api import Keeping, Metadata
 from weightwire.metadata.lifecycle import Life
 from weightwire.observability.metrics import Metrics
+from weightwire.source import described
+from weightwire.source.described import Claim, Holding
 from weightwire.source.leases import LeaseTable, ReadLease
 from weightwire.source.snapshot import Held, Snapshot, storages
 from weightwire.transport.base import Registration, Transport
-from weightwire.types import Coordinates, Json
+from weightwire.types import Json
 from weightwire.wire.messages import (
     LeafRange,
     ManifestHeader,
@@ -49,47 +49,6 @@ DRAIN_S = 10.0
 """What readers get to finish before they are cut off."""
 PROGRESS_BEAT_S = 1.0
 """Between two signs of life on a progress stream; well below any reader's stall bound."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """What a publication is of: fixed for its life.
-
-    Attributes:
-        identity: at the stage of its bytes.
-        coordinates: this rank's.
-        world_size: ranks of the replica.
-        replica_incarnation: one life of the replica; equal on all its ranks.
-        ordinal: the operator's ordering of weights.
-        build_facts: what construction learnt from the checkpoint.
-    """
-
-    identity: Identity
-    coordinates: Coordinates
-    world_size: int
-    replica_incarnation: str
-    ordinal: int = 0
-    build_facts: Mapping[str, Json] = field(default_factory=dict)
-
-    @property
-    def shard_key(self) -> str:
-        """The key that it is found under."""
-        return self.identity.shard_key(self.coordinates)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Holding:
-    """What a publication serves.
-
-    Attributes:
-        manifest: what the bytes are.
-        memory: where they are; keeps them alive.
-        weights_id: of the whole replica.
-    """
-
-    manifest: Manifest
-    memory: AddressSpace
-    weights_id: str
 
 
 class Home(Protocol):
@@ -230,35 +189,13 @@ class Publication:
     def status(self) -> PeerStatus:
         """See ``PeerService.status``."""
         with self._lock:
-            holding = self._holding
-            return PeerStatus(
-                shard_key=self.claim.shard_key,
-                incarnation=self._home.incarnation,
-                generation=self._life.generation,
-                state=self._life.state,
-                content_id=holding.manifest.content_id if holding else "",
-                derived_id=holding.manifest.derived_id if holding else "",
-                weights_id=holding.weights_id if holding else "",
-            )
+            return described.status(self.claim, self._holding, self._life, self._home.incarnation)
 
     def manifest(self) -> tuple[ManifestHeader, Manifest]:
         """See ``PeerService.manifest``."""
         with self._lock:
             holding = self._offered()
-            header = ManifestHeader(
-                shard_key=self.claim.shard_key,
-                incarnation=self._home.incarnation,
-                generation=self._life.generation,
-                content_id=holding.manifest.content_id,
-                derived_id=holding.manifest.derived_id,
-                weights_id=holding.weights_id,
-                stage=self.claim.identity.stage,
-                role=self.claim.identity.role,
-                coordinates=self.claim.coordinates,
-                revision=self.claim.identity.revision or "",
-                ordinal=self.claim.ordinal,
-                build_facts=dict(self.claim.build_facts),
-            )
+            header = described.header(self.claim, holding, self._life, self._home.incarnation)
             return header, holding.manifest
 
     def open_read(self, request: OpenRead) -> ReadGrant:
@@ -303,7 +240,10 @@ class Publication:
     def current(self) -> PublicationRecord | None:
         """The record that is true now."""
         with self._lock:
-            return None if not self._life.published else self._record()
+            if not self._life.published:
+                return None
+            where = described.Where(self._home.incarnation, self._home.host, self._home.endpoints)
+            return described.record(self.claim, self._holding, self._life, where, self._done, len(self.leases))
 
     def recheck(self, leaf: int) -> bool:
         """Digest one leaf again; at the first difference everything is withdrawn.
@@ -409,41 +349,3 @@ class Publication:
         if self._holding is None:
             raise PublishError("nothing is held", "publish first")
         return self._holding
-
-    def _record(self) -> PublicationRecord:
-        identity, holding, (done, total) = self.claim.identity, self._holding, self._done
-        record = PublicationRecord(
-            shard_key=self.claim.shard_key,
-            replica_key=identity.replica_key,
-            family_key=identity.family_key,
-            model_id=identity.model_id,
-            identity=identity.canonical_json(),
-            revision=identity.revision or "",
-            coordinates=self.claim.coordinates,
-            role=identity.role,
-            stage=identity.stage,
-            incarnation=self._home.incarnation,
-            replica_incarnation=self.claim.replica_incarnation,
-            world_size=self.claim.world_size,
-            endpoints=self._home.endpoints,
-            ordinal=self.claim.ordinal,
-            state=self._life.state,
-            generation=self._life.generation,
-            sequence=self._life.sequence,
-            host=self._home.host,
-            fraction=done / total if total else 0.0,
-            bytes_done=done,
-            nbytes=total,
-            active_reads=len(self.leases),
-        )
-        if holding is None:
-            return record
-        nbytes = holding.manifest.layout.nbytes
-        return dataclasses.replace(
-            record,
-            content_id=holding.manifest.content_id,
-            weights_id=holding.weights_id,
-            nbytes=nbytes,
-            bytes_done=nbytes,
-            fraction=1.0,
-        )

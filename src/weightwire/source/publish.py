@@ -15,7 +15,8 @@ from weightwire.manifest.digest import digest_leaves
 from weightwire.manifest.records import Manifest, weights_id
 from weightwire.metadata.decision import Group, Verdict, Vote
 from weightwire.observability.progress import Progress, silent
-from weightwire.source.publication import Holding, Publication
+from weightwire.source.described import Holding
+from weightwire.source.publication import Publication
 from weightwire.types import Json
 
 log = logging.getLogger(__name__)

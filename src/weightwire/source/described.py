@@ -1,0 +1,146 @@
+"""What a publication is of, what it holds, and how that is told to peers and to the metadata server. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from weightwire.identity.identity import Identity
+from weightwire.manifest.address import AddressSpace
+from weightwire.manifest.records import Manifest
+from weightwire.metadata.lifecycle import Life
+from weightwire.types import Coordinates, Json
+from weightwire.wire.messages import ManifestHeader, PeerStatus, PublicationRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a publication is of: fixed for its life.
+
+    Attributes:
+        identity: at the stage of its bytes.
+        coordinates: this rank's.
+        world_size: ranks of the replica.
+        replica_incarnation: one life of the replica; equal on all its ranks.
+        ordinal: the operator's ordering of weights.
+        build_facts: what construction learnt from the checkpoint.
+    """
+
+    identity: Identity
+    coordinates: Coordinates
+    world_size: int
+    replica_incarnation: str
+    ordinal: int = 0
+    build_facts: Mapping[str, Json] = field(default_factory=dict)
+
+    @property
+    def shard_key(self) -> str:
+        """The key that it is found under."""
+        return self.identity.shard_key(self.coordinates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding:
+    """What a publication serves.
+
+    Attributes:
+        manifest: what the bytes are.
+        memory: where they are; keeps them alive.
+        weights_id: of the whole replica.
+    """
+
+    manifest: Manifest
+    memory: AddressSpace
+    weights_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The process that serves: its incarnation, its host's id, and its endpoints."""
+
+    incarnation: str
+    host: str
+    endpoints: tuple[str, ...]
+
+
+def status(claim: Claim, holding: Holding | None, life: Life, incarnation: str) -> PeerStatus:
+    """See ``PeerService.status``."""
+    return PeerStatus(
+        shard_key=claim.shard_key,
+        incarnation=incarnation,
+        generation=life.generation,
+        state=life.state,
+        content_id=holding.manifest.content_id if holding else "",
+        derived_id=holding.manifest.derived_id if holding else "",
+        weights_id=holding.weights_id if holding else "",
+    )
+
+
+def header(claim: Claim, holding: Holding, life: Life, incarnation: str) -> ManifestHeader:
+    """What goes with the manifest."""
+    return ManifestHeader(
+        shard_key=claim.shard_key,
+        incarnation=incarnation,
+        generation=life.generation,
+        content_id=holding.manifest.content_id,
+        derived_id=holding.manifest.derived_id,
+        weights_id=holding.weights_id,
+        stage=claim.identity.stage,
+        role=claim.identity.role,
+        coordinates=claim.coordinates,
+        revision=claim.identity.revision or "",
+        ordinal=claim.ordinal,
+        build_facts=dict(claim.build_facts),
+    )
+
+
+def record(
+    claim: Claim, holding: Holding | None, life: Life, where: Where, loaded: tuple[int, int], readers: int
+) -> PublicationRecord:
+    """What the metadata server is told.
+
+    Args:
+        claim: what it is of.
+        holding: ``None`` while it is loading.
+        life: state, generation and sequence.
+        where: who serves it.
+        loaded: bytes in place and bytes in all, while it is loading.
+        readers: open read leases.
+    """
+    identity, (done, total) = claim.identity, loaded
+    told = PublicationRecord(
+        shard_key=claim.shard_key,
+        replica_key=identity.replica_key,
+        family_key=identity.family_key,
+        model_id=identity.model_id,
+        identity=identity.canonical_json(),
+        revision=identity.revision or "",
+        coordinates=claim.coordinates,
+        role=identity.role,
+        stage=identity.stage,
+        incarnation=where.incarnation,
+        replica_incarnation=claim.replica_incarnation,
+        world_size=claim.world_size,
+        endpoints=where.endpoints,
+        ordinal=claim.ordinal,
+        state=life.state,
+        generation=life.generation,
+        sequence=life.sequence,
+        host=where.host,
+        fraction=done / total if total else 0.0,
+        bytes_done=done,
+        nbytes=total,
+        active_reads=readers,
+    )
+    if holding is None:
+        return told
+    nbytes = holding.manifest.layout.nbytes
+    return dataclasses.replace(
+        told,
+        content_id=holding.manifest.content_id,
+        weights_id=holding.weights_id,
+        nbytes=nbytes,
+        bytes_done=nbytes,
+        fraction=1.0,
+    )
