@@ -23,8 +23,9 @@ class _Amount(TextColumn):
     def render(self, task: Task) -> Text:
         """The cell."""
         unit = str(task.fields.get("unit", ""))
-        done = _amount(int(task.completed), unit)
-        return Text(done if task.total is None else f"{done} / {_amount(int(task.total), unit)}")
+        if task.total is None:
+            return Text(_amount(int(task.completed), unit) if task.completed else "")
+        return Text(f"{_amount(int(task.completed), unit)} / {_amount(int(task.total), unit)}")
 
 
 def _amount(count: int, unit: str) -> str:
@@ -32,17 +33,20 @@ def _amount(count: int, unit: str) -> str:
 
 
 class Bars:
-    """One bar a phase, drawn on a terminal and nowhere else. A context manager, and a ``Progress`` callback.
+    """Bars drawn on a terminal and nowhere else. A context manager, and a ``Progress`` callback: one bar a phase.
 
-    Thread-safe. Several ranks may share one, if each puts its label before the phase.
+    Thread-safe.
 
     Args:
         console: where to draw.
+        transient: leave nothing behind.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, transient: bool = False) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), _Amount(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._progress = Progress(
+            *columns, console=console, disable=not console.is_terminal, transient=transient, redirect_stdout=False
+        )
         self._lock = threading.Lock()
         self._tasks: dict[str, TaskID] = {}
 
@@ -57,15 +61,23 @@ class Bars:
 
     def __call__(self, phase: str, done: int, total: int, unit: str) -> None:
         """See ``observability.progress.Progress``."""
+        self.show(phase, phase, done, total, unit)
+
+    def show(self, bar: str, label: str, done: int, total: int, unit: str) -> None:
+        """Move ``bar``, which is added where it is new; ``label`` is what is written beside it now.
+
+        It pulses until a ``total`` is known.
+        """
         with self._lock:
-            if phase not in self._tasks:
-                self._tasks[phase] = self._progress.add_task(escape(phase), total=None, unit=unit)
-            self._progress.update(self._tasks[phase], completed=done, total=total or None, unit=unit)
+            if bar not in self._tasks:
+                self._tasks[bar] = self._progress.add_task(escape(label), total=None, unit=unit)
+            task = self._tasks[bar]
+            self._progress.update(task, description=escape(label), completed=done, total=total or None, unit=unit)
 
     def shown(self) -> dict[str, tuple[int, int]]:
-        """Phase -> (done, total); total 0 while it is not known."""
+        """Bar -> (done, total); total 0 while it is not known."""
         with self._lock:
-            return {phase: self._state(task) for phase, task in self._tasks.items()}
+            return {bar: self._state(task) for bar, task in self._tasks.items()}
 
     def _state(self, task: TaskID) -> tuple[int, int]:
         found = next(each for each in self._progress.tasks if each.id == task)

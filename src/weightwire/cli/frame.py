@@ -53,6 +53,16 @@ def begin(*, verbose: bool, level: str | None = None) -> None:
     setup_logging("DEBUG" if _Verbosity.on else level or "WARNING")
 
 
+def is_verbose() -> bool:
+    """Whether ``-v`` was given, before the command's name or behind it."""
+    return _Verbosity.on
+
+
+def progress_console() -> Console:
+    """Where progress is drawn: standard error, and only on a terminal that no log lines are written to."""
+    return Console(stderr=True, highlight=False, force_terminal=False if _Verbosity.on else None)
+
+
 def out() -> Console:
     """Where results go. A table is as wide as the terminal; where there is none, as wide as it needs to be."""
     console = Console(highlight=False, soft_wrap=False)

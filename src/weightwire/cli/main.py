@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 import typer
 
+from weightwire.cli.demo import demo
 from weightwire.cli.doctor import doctor
 from weightwire.cli.frame import FAILURE, INTERRUPTED, USAGE, VerboseOption, begin, show_error
 from weightwire.cli.inspect import inspect
+from weightwire.cli.run import run
 from weightwire.cli.serve import serve
 from weightwire.cli.sources import sources
 from weightwire.cli.version import version
@@ -28,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, sources, inspect, doctor, version):
+for command in (demo, run, serve, sources, inspect, doctor, version):
     app.command()(command)
 
 

@@ -11,10 +11,14 @@ import threading
 from collections.abc import Iterator
 from typing import IO
 
+from weightwire import errors
 from weightwire.errors import ProtocolError, WeightwireError
 from weightwire.types import Json
 
 MAX_LINE_BYTES = 4 << 20
+
+Event = dict[str, Json]
+"""What was said; ``event`` says of what kind it is."""
 
 _writing = threading.Lock()
 
@@ -32,7 +36,16 @@ def error_fields(error: WeightwireError) -> dict[str, Json]:
     return {"kind": type(error).__name__, "problem": error.problem, "remedy": error.remedy}
 
 
-def read(stream: IO[str]) -> Iterator[dict[str, Json]]:
+def error_of(event: Event) -> WeightwireError:
+    """The error that ``error_fields`` told of; of the root class where its kind is not known here."""
+    kind = getattr(errors, str(event.get("kind")), WeightwireError)
+    if not (isinstance(kind, type) and issubclass(kind, WeightwireError)):
+        kind = WeightwireError
+    error: WeightwireError = kind(str(event.get("problem")), str(event.get("remedy", "")))
+    return error
+
+
+def read(stream: IO[str]) -> Iterator[Event]:
     """The objects on a stream until it ends.
 
     Raises:

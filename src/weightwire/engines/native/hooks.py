@@ -121,6 +121,7 @@ class PublishingHooks:
             self.report = publish_shard(publication, described, self._group, manifest=received, progress=self._progress)
         except PublishError as error:  # a replica that cannot be a source still serves its users
             publication.withdraw(0.0)
+            self._group.refuse(f"publish/{stage.value}", error.problem)  # no effect where a vote was posted already
             self.report.reason = error.problem
             log.warning("not published: %s", error)
         else:

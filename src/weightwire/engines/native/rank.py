@@ -41,9 +41,11 @@ from weightwire.runtime.generate import generate
 from weightwire.runtime.load_format import LoadFormat
 from weightwire.runtime.model_loader import LoaderSettings, LoadResult, ModelLoader, parse_dtype
 from weightwire.runtime.models.llama import LlamaForCausalLM
-from weightwire.source.publication import Claim, Publication
+from weightwire.source.described import Claim
+from weightwire.source.publication import Publication
 from weightwire.target.offer import Want
 from weightwire.target.receiver import Receiver
+from weightwire.target.session import peer_name
 from weightwire.types import Coordinates, Json, Stage
 
 log = logging.getLogger(__name__)
@@ -93,6 +95,7 @@ class Rank:
         )
         self.result: LoadResult | None = None
         self._disk_events = progress_events()
+        self._read = 0
 
     @property
     def model(self) -> LlamaForCausalLM:
@@ -122,8 +125,8 @@ class Rank:
         """Answer commands until ``stop`` or the end of the stream."""
         for command in read(commands):
             match command:
-                case {"do": "generate", "prompts": list(prompts), "tokens": int(count)}:
-                    self._generate(prompts, count)
+                case {"do": "generate", "prompts": list(prompts), "tokens": int(count), **more}:
+                    self._generate(prompts, count, more.get("ends") or [])
                 case {"do": "manifest"}:
                     emit("manifest", content_id=self._content_id())
                 case {"do": "readers"}:
@@ -213,6 +216,7 @@ class Rank:
     def _disk_progress(self, done: int, total: int) -> None:
         if self.publication is not None:
             self.publication.progress(done, total)
+        self._read = total
         self._disk_events("read checkpoint", done, total, "bytes")
 
     def _told(self) -> dict[str, Json]:
@@ -221,15 +225,23 @@ class Rank:
         published: Json = None
         if self.hooks.report is not None:
             published = dict(vars(self.hooks.report))
-        return {"report": self.live.report.to_json(), "seconds": dict(seconds), "published": published}
+        report = self.live.report
+        told: dict[str, Json] = {"report": report.to_json(), "seconds": dict(seconds), "published": published}
+        told["nbytes"] = report.nbytes if report.source == "peer" else self._read
+        if self.member is not None:
+            node = self.member.node
+            unavailable: dict[str, Json] = dict(self.member.reader.unavailable)
+            told |= {"peer": peer_name(node.endpoints, node.incarnation), "unavailable": unavailable}
+        return told
 
     def _content_id(self) -> str:
         return self.hooks.report.content_id if self.hooks.report else self.live.report.content_id
 
-    def _generate(self, prompts: list[Any], count: int) -> None:
+    def _generate(self, prompts: list[Any], count: int, ends: Any) -> None:
         began = time.monotonic()
         try:
-            tokens: list[Json] = [list(row) for row in generate(self.model, prompts, max_new_tokens=count)]
+            found = generate(self.model, prompts, max_new_tokens=count, eos_token_ids=ends)
+            tokens: list[Json] = [list(row) for row in found]
         except WeightwireError as error:
             emit("refused", **error_fields(error))
             return

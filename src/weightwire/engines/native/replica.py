@@ -18,8 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-from weightwire import errors
-from weightwire.engines.native.events import read
+from weightwire.engines.native.events import Event, error_of, read
 from weightwire.engines.native.options import ReplicaOptions
 from weightwire.errors import LoadError, RankLost, WeightwireError
 from weightwire.runtime.distributed import serve_store
@@ -30,8 +29,8 @@ log = logging.getLogger(__name__)
 STOP_S = 15.0
 """What ranks get to withdraw and leave before they are killed."""
 
-Event = dict[str, Json]
-"""What a rank said, with ``rank`` added."""
+GIVE_UP_S = 8.0
+"""What ranks get to leave that have not loaded yet: nothing of theirs is read by anyone."""
 
 
 class Replica:
@@ -40,7 +39,7 @@ class Replica:
     Args:
         options: of the replica.
         environ: variables on top of this process's own, for all ranks (``WEIGHTWIRE_URL`` …).
-        heard: called with every event, from this object's threads.
+        heard: called with every event, ``rank`` added, from this object's threads.
         command: how a rank is started; the options follow as the last argument.
 
     Raises:
@@ -59,6 +58,7 @@ class Replica:
         self._store = serve_store()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._stopping = False
+        self._loaded = False
         self.ranks = [self._start(rank, command, environ or {}) for rank in range(options.tp)]
         self._threads = [
             threading.Thread(target=self._listen, args=(rank,), name=f"weightwire-rank-{rank}", daemon=True)
@@ -73,15 +73,20 @@ class Replica:
         Raises:
             WeightwireError: the error that ended a rank; all ranks are ended.
         """
-        return self._collect("loaded", timeout)
+        events = self._collect("loaded", timeout)
+        self._loaded = True
+        return events
 
-    def generate(self, prompts: Sequence[Sequence[int]], tokens: int, timeout: float = 300.0) -> list[list[int]]:
-        """Greedy continuations; equal on all ranks.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], tokens: int, timeout: float = 300.0, *, ends: Sequence[int] = ()
+    ) -> list[list[int]]:
+        """Greedy continuations, each until ``tokens`` or one of ``ends``; equal on all ranks.
 
         Raises:
             WeightwireError: a rank refused or ended.
         """
-        self._tell({"do": "generate", "prompts": [list(prompt) for prompt in prompts], "tokens": tokens})
+        asked: list[Json] = [list(prompt) for prompt in prompts]
+        self._tell({"do": "generate", "prompts": asked, "tokens": tokens, "ends": list(ends)})
         answers = [event["tokens"] for event in self._collect("tokens", timeout)]
         if any(answer != answers[0] for answer in answers):
             raise LoadError("the ranks of one replica gave different tokens", "this is a bug: please report it")
@@ -96,7 +101,9 @@ class Replica:
             with contextlib.suppress(OSError):
                 assert rank.stdin is not None
                 rank.stdin.close()  # the end of the commands; a frozen or dead rank does not matter here
-        until = time.monotonic() + STOP_S
+            if not self._loaded:  # it is not listening to commands yet
+                rank.terminate()
+        until = time.monotonic() + (STOP_S if self._loaded else GIVE_UP_S)
         codes = [self._leave(rank, until) for rank in self.ranks]
         for thread in self._threads:
             thread.join(STOP_S)
@@ -169,7 +176,7 @@ class Replica:
                 silent = [str(rank) for rank in range(len(self.ranks)) if rank not in found]
                 raise RankLost(f"rank {', '.join(silent)} did not answer within {timeout:g} s", "see its log") from None
             if event["event"] in ("failed", "ended", "refused"):
-                raise _error(event)
+                raise error_of(event)
             if event["event"] == wanted:
                 found[int(str(event["rank"]))] = event
         return [found[rank] for rank in range(len(self.ranks))]
@@ -178,14 +185,6 @@ class Replica:
         try:
             return process.wait(max(0.1, until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            log.warning("a rank did not leave within %.0f s and is killed", STOP_S)
+            log.warning("a rank did not leave in time and is killed")
             process.kill()
             return process.wait()
-
-
-def _error(event: Event) -> WeightwireError:
-    kind = getattr(errors, str(event.get("kind")), WeightwireError)
-    if not (isinstance(kind, type) and issubclass(kind, WeightwireError)):
-        kind = WeightwireError
-    error: WeightwireError = kind(str(event.get("problem")), str(event.get("remedy", "")))
-    return error

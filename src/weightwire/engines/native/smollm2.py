@@ -1,4 +1,10 @@
-"""A real language model out of a Python package: SmolLM2-135M-Instruct as a bf16 safetensors checkpoint."""
+"""A real language model out of a Python package: SmolLM2-135M-Instruct as a bf16 safetensors checkpoint.
+
+    python -m weightwire.engines.native.smollm2 STRIPPED
+
+builds it (or finds it built), makes the directory ``STRIPPED`` a copy without weights, and tells of it in events:
+``step`` with a ``text`` for what takes long, then ``checkpoint`` with its ``path``, or ``failed``.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +12,14 @@ import importlib
 import logging
 import os
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from weightwire.errors import CheckpointError, ConfigError
+from weightwire.engines.native.events import emit, error_fields
+from weightwire.errors import CheckpointError, ConfigError, WeightwireError
 
 logger = logging.getLogger(__name__)
 
@@ -108,3 +117,20 @@ def _convert(directory: Path, say: Callable[[str], None]) -> None:
     say(f"writing {directory.parent / _DIRECTORY}")
     tokenizer.save_pretrained(str(directory))
     model.save_pretrained(str(directory))
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a half-built checkpoint is removed on the way out
+    try:
+        path = build_checkpoint(progress=lambda text: emit("step", text=text))
+        strip_weights(path, Path(arguments[0]))
+    except WeightwireError as error:
+        emit("failed", **error_fields(error))
+        return 1
+    emit("checkpoint", path=str(path), model_id=MODEL_ID)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,229 @@
+"""``weightwire run``: one replica in the foreground: load, answer, serve its weights to others."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from weightwire.cli.bars import Bars
+from weightwire.cli.frame import (
+    JsonOption,
+    SecretOption,
+    UrlOption,
+    VerboseOption,
+    begin,
+    is_verbose,
+    out,
+    progress_console,
+    require_url,
+    secret,
+    settings,
+)
+from weightwire.cli.listing import printable
+from weightwire.cli.outcome import Outcome
+from weightwire.cli.phase_table import summary
+from weightwire.cli.replica import Logs, ReplicaProcess, sigterm_interrupts
+from weightwire.config import OnMiss, Settings
+from weightwire.errors import ConfigError, MetadataUnreachable, WeightwireError
+from weightwire.wire.metadata_client import MetadataStub
+
+SERVER_S = 5.0
+MAX_TP = 64
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+class Format(enum.StrEnum):
+    """The engine's load formats by name."""
+
+    AUTO = "auto"
+    DUMMY = "dummy"
+    PRESHARDED = "presharded"
+
+
+class Dtype(enum.StrEnum):
+    """Of parameters and computation."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class Layout(enum.StrEnum):
+    """How kernels want their weights."""
+
+    PLAIN = "plain"
+    PACKED = "packed"
+
+
+def run(
+    *,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoint directory; config and tokenizer are enough where a peer has the weights.",
+            show_default=False,
+        ),
+    ],
+    tp: Annotated[int, typer.Option("--tp", metavar="N", min=1, max=MAX_TP, help="Tensor-parallel ranks.")] = 1,
+    load_format: Annotated[
+        Format,
+        typer.Option(
+            "--load-format",
+            help="auto: from the disk. presharded: from a running replica, else from the disk. dummy: random numbers.",
+        ),
+    ] = Format.AUTO,
+    url: UrlOption = None,
+    model_id: Annotated[
+        str,
+        typer.Option(
+            "--model-id",
+            metavar="ID",
+            help="What source and target both call the model. Left out: the name of the directory MODEL.",
+            show_default=False,
+        ),
+    ] = "",
+    revision: Annotated[
+        str,
+        typer.Option(
+            "--revision", metavar="LABEL", help="Which weights, in your words; a peer must agree.", show_default=False
+        ),
+    ] = "",
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="TEXT", help="Answer this once it is loaded.", show_default=False)
+    ] = "",
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=1, max=8192, help="Length of the answer at most.")
+    ] = 64,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of parameters and computation.")] = Dtype.BFLOAT16,
+    kernel_layout: Annotated[Layout, typer.Option("--kernel-layout", help="How kernels want weights.")] = Layout.PLAIN,
+    weights_id: Annotated[
+        str,
+        typer.Option("--weights-id", metavar="ID", help="Take exactly these weights from peers.", show_default=False),
+    ] = "",
+    latest: Annotated[
+        bool, typer.Option("--latest", help="Where peers hold several weights, take those with the highest ordinal.")
+    ] = False,
+    accept_unpinned: Annotated[
+        bool, typer.Option("--accept-unpinned", help="Without --revision: take what a peer has, whatever it is.")
+    ] = False,
+    on_miss: Annotated[
+        OnMiss | None,
+        typer.Option("--on-miss", help="Where no peer serves: read the disk (default) or fail.", show_default=False),
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="End after the answer instead of serving others.")] = False,
+    secret_file: SecretOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Start a replica of a Llama-shaped model, say where its weights came from, answer, and serve them to others.
+
+    It serves until Ctrl-C or SIGTERM; with --once, or without a metadata server, it ends after the answer. The first
+    replica reads the disk (auto); later ones take their weights from it (presharded) and serve them, too.
+    """
+    begin(verbose=verbose)
+    found = settings(url=url, secret_file=secret_file, on_miss=on_miss, accept_unpinned=accept_unpinned or None)
+    _check(model, load_format, prompt, found)
+    options = {
+        "model": str(model),
+        "model_id": model_id or model.resolve().name,
+        "revision": revision or None,
+        "tp": tp,
+        "load_format": load_format.value,
+        "dtype": dtype.value,
+        "kernel_layout": kernel_layout.value,
+        "weights_id": weights_id,
+        "latest": latest,
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sigterm_interrupts())
+        replica, outcome = _load(stack, options, found)
+        answer = replica.ask([prompt], max_tokens)[0].text if prompt else None
+        _tell(str(options["model_id"]), outcome, prompt, answer, as_json=as_json)
+        if found.url is not None and not once:
+            _serve(replica, outcome, found.url, as_json=as_json)
+
+
+def _load(stack: contextlib.ExitStack, options: dict[str, Any], found: Settings) -> tuple[ReplicaProcess, Outcome]:
+    log = None if is_verbose() else stack.enter_context(Logs("weightwire-run-")).file("ranks")
+    with Bars(progress_console(), transient=True) as bars:
+        replica = ReplicaProcess("the replica", options, environ=environment(found), log=log, bars=bars)
+        stack.enter_context(replica)
+        return replica, replica.ready(found)
+
+
+def environment(found: Settings) -> dict[str, str]:
+    """What the ranks are told that options may have changed, as variables."""
+    told = {
+        "WEIGHTWIRE_ON_MISS": found.on_miss.value,
+        "WEIGHTWIRE_ACCEPT_UNPINNED": str(int(found.accept_unpinned)),
+    }
+    if found.url is not None:
+        told["WEIGHTWIRE_URL"] = found.url
+    if found.secret_file is not None:
+        told["WEIGHTWIRE_SECRET_FILE"] = str(found.secret_file.absolute())
+    if is_verbose():
+        told["WEIGHTWIRE_LOG_LEVEL"] = "DEBUG"
+    return told
+
+
+def _check(model: Path, load_format: Format, prompt: str, found: Settings) -> None:
+    """Refuse at once what would only fail after the processes have started."""
+    if not model.is_dir():
+        raise ConfigError(f"{model} is not a directory", "give one with config.json, tokenizer and, if any, weights")
+    if prompt and not (model / "tokenizer.json").exists():
+        raise ConfigError(f"{model} has no tokenizer.json", "put the model's tokenizer there, or leave --prompt out")
+    if load_format is Format.PRESHARDED:
+        require_url(found)
+    if found.url is None:
+        return
+    stub = MetadataStub(found.url, secret(found))
+    try:
+        stub.sources("", SERVER_S)
+    except MetadataUnreachable:
+        on_disk = any((model / name).exists() for name in WEIGHTS) and found.on_miss is OnMiss.DISK
+        if load_format is not Format.PRESHARDED or not on_disk:
+            raise  # else it is a step of the ladder, and the replica publishes itself once the server is back
+    finally:
+        stub.close()
+
+
+def _tell(model_id: str, outcome: Outcome, prompt: str, answer: str | None, *, as_json: bool) -> None:
+    if as_json:
+        found = outcome.to_json() | {"model_id": model_id, "prompt": prompt or None, "answer": answer}
+        typer.echo(json.dumps(found))
+        return
+    console = out()
+    console.print(f"[bold]{escape(printable(model_id))}[/bold] is ready after {outcome.ready_s:.1f} s")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, text in summary(outcome):
+        style = "[yellow]" if label in ("WARNING", "NOT published") else "[none]"
+        grid.add_row(f"{style}{label}[/]", f"{style}{escape(printable(text))}[/]")
+    console.print(grid)
+    if answer is not None:
+        console.print(f"\n[bold]>[/bold] {escape(printable(prompt))}\n{escape(_lines(answer))}\n", soft_wrap=True)
+
+
+def _serve(replica: ReplicaProcess, outcome: Outcome, url: str, *, as_json: bool) -> None:
+    if not outcome.published:
+        reason = "; ".join(outcome.not_published) or "WEIGHTWIRE_ROLE says that this replica serves nobody"
+        raise WeightwireError(f"nothing to serve: {reason}", "end after the answer with --once")
+    if not as_json:
+        out().print(f"serving its weights to others (metadata server {url}); Ctrl-C ends it")
+    with contextlib.suppress(KeyboardInterrupt):
+        replica.attend()
+    if not as_json:
+        out().print("withdrawing")
+
+
+def _lines(text: str) -> str:
+    return "\n".join(printable(line) for line in text.splitlines())
