@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transport.peers import MIB, Bytes, pattern
 
@@ -58,6 +58,7 @@ class LateDevice:
         return self.made
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 350), max_size=12))
 def test_whatever_the_sizes_all_bytes_arrive_both_ways(sizes: list[int]) -> None:
     content = pattern(sum(sizes))

@@ -39,8 +39,12 @@ def run_tests(names: list[str], *options: str, **variables: str) -> None:
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
-def test_conformance_and_hazards_on_one_host() -> None:
-    run_tests(["nixl_suite.py", "nixl_hazards.py"])
+def test_conformance_on_one_host() -> None:
+    run_tests(["nixl_suite.py"])
+
+
+def test_hazards_on_one_host() -> None:
+    run_tests(["nixl_hazards.py"])
 
 
 def test_conformance_over_tcp() -> None:
@@ -50,6 +54,14 @@ def test_conformance_over_tcp() -> None:
 
 def test_hazards_over_tcp() -> None:
     run_tests(["nixl_hazards_tcp.py"], UCX_TLS="tcp")
+
+
+def test_device_memory() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    run_tests(["nixl_cuda.py"])
 
 
 READ = """

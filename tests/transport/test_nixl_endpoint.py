@@ -3,7 +3,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transport.peers import LEASE, OTHER_SECRET, SECRET
 
@@ -31,6 +31,7 @@ def body_of(found: Endpoint) -> bytearray:
     return bytearray(found.encode(SECRET, LEASE)[:-32])
 
 
+@settings(deadline=None)
 @given(start=st.integers(0, 1 << 60), rows=SIZES, metadata=st.binary(max_size=200))
 def test_what_was_encoded_is_decoded(start: int, rows: list[tuple[int, int, int]], metadata: bytes) -> None:
     segments, at = [], start
@@ -42,12 +43,14 @@ def test_what_was_encoded_is_decoded(start: int, rows: list[tuple[int, int, int]
     assert (found.agent, found.metadata, found.memory.segments) == (sent.agent, metadata, tuple(segments))
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=400))
 def test_h49_garbage_is_refused(data: bytes) -> None:
     with pytest.raises((ProtocolError, AuthError)):
         Endpoint.decode(data, SECRET, LEASE)
 
 
+@settings(deadline=None)
 @given(at=st.integers(0, 10_000), bit=st.integers(0, 7))
 def test_h49_one_flipped_bit_never_reaches_nixl(at: int, bit: int) -> None:
     data = bytearray(GOOD.encode(SECRET, LEASE))

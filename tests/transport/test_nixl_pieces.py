@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightwire.manifest.address import AddressSpace, Segment
@@ -23,6 +23,7 @@ def memory(sizes: list[int], total: int, start: int, *, gaps: bool) -> AddressSp
     return AddressSpace(segments, (), None)
 
 
+@settings(deadline=None)
 @given(ours=SIZES, theirs=SIZES, gaps=st.booleans(), skip=st.integers(0, 1000))
 def test_every_byte_is_moved_once_from_its_place_to_its_place(
     ours: list[int], theirs: list[int], gaps: bool, skip: int
