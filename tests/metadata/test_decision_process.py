@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -95,6 +96,25 @@ def test_a_lost_rank_is_named_by_gather_on_every_rank() -> None:
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(lost, (0, 2))) == ["rank 1 said nothing at step 'ids'"] * 2
+
+
+def test_a_late_rank_does_not_wait_for_a_dead_one_again() -> None:
+    store = MemoryDecisions()
+    first = Group(store, 0, 3, "epoch", 0.3).vote("step", Vote(ok=True))
+    began = time.monotonic()
+    assert Group(store, 1, 3, "epoch", 30.0).vote("step", Vote(ok=True)) == first
+    assert time.monotonic() - began < 0.2
+    assert first.silent == (1, 2)
+
+
+def test_a_rank_that_waits_obeys_as_soon_as_another_has_decided() -> None:
+    store = MemoryDecisions()
+    with ThreadPoolExecutor(1) as pool:
+        began = time.monotonic()
+        waiting = pool.submit(Group(store, 1, 3, "epoch", 30.0).vote, "step", Vote(ok=True))
+        first = Group(store, 0, 3, "epoch", 0.5).vote("step", Vote(ok=True))
+        assert waiting.result(10) == first
+    assert time.monotonic() - began < 5
 
 
 def test_a_rank_can_refuse_without_waiting_and_the_first_vote_counts() -> None:

@@ -182,12 +182,7 @@ class Group:
         """Say ``mine`` and obey what is recorded; waits up to ``timeout`` (default ``vote_s``) for the others."""
         self._post(step, mine)
         until = time.monotonic() + (self.vote_s if timeout is None else timeout)
-        votes: list[Vote | None] = []
-        for rank in range(self.size):
-            recorded = self.store.wait(self._key(step), 0.0)
-            if recorded is not None:  # another rank has had all votes, or has waited long enough
-                return _verdict(_decoded(recorded), self.size)
-            votes.append(self._await(step, rank, until))
+        votes = [self._await(step, rank, until) for rank in range(self.size)]
         return _verdict(self.once(step, _summary(votes)), self.size)
 
     def refuse(self, step: str, reason: str) -> None:
@@ -207,13 +202,14 @@ class Group:
 
     def _await(self, step: str, rank: int, until: float) -> Vote | None:
         """A rank's vote; None when time is over, or when the step was decided without it."""
-        while True:
+        while self.store.wait(self._key(step), 0.0) is None:
             left = max(0.0, until - time.monotonic())
             found = self.store.wait(self._vote_key(step, rank), min(left, _SLICE_S))
             if found is not None:
                 return _vote(_decoded(found))
-            if left <= _SLICE_S or self.store.wait(self._key(step), 0.0) is not None:
-                return None
+            if left <= _SLICE_S:
+                break
+        return None
 
     def _post(self, step: str, mine: Vote) -> None:
         self.store.record(
