@@ -4,9 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from metadata_fleet import TTL, Clock, Fleet
 from wire_samples import rank
 
 from weightwire.errors import ConfigError, MetadataError, ProtocolError
@@ -16,100 +14,10 @@ from weightwire.types import Stage
 from weightwire.wire.messages import (
     CheckResult,
     FailureKind,
-    FindReplicas,
-    FindShard,
     KeepBeat,
-    KeepUpdate,
-    Lease,
     PeerFailure,
-    PublicationRecord,
-    ReplicaListing,
-    Withdrawal,
 )
 from weightwire.wire.messages import PublicationState as S
-
-TTL = 10.0
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Fleet:
-    """A registry and the sources that keep their leases in it, warm from the start."""
-
-    def __init__(self, *, warm: bool = True) -> None:
-        self.clock = Clock()
-        self.store = MemoryStore()
-        self.registry = Registry(self.store, self.clock, Times(ttl_s=TTL, warming_s=0 if warm else None))
-        self.leases: dict[tuple[str, str], Lease] = {}
-
-    def publish(self, *records: PublicationRecord) -> None:
-        for record in records:
-            self.leases[record.shard_key, record.incarnation] = self.registry.publish(record)
-
-    def replica(self, life: str, **changes: Any) -> None:
-        self.publish(rank(0, life, **changes), rank(1, life, **changes))
-
-    def beat(self, *records: PublicationRecord, stream: str = "s") -> tuple[str, ...]:
-        updates = tuple(
-            KeepUpdate(
-                lease_id=self.leases[r.shard_key, r.incarnation].lease_id,
-                generation=r.generation,
-                sequence=r.sequence,
-                state=r.state,
-                fraction=r.fraction,
-                bytes_done=r.bytes_done,
-                active_reads=r.active_reads,
-            )
-            for r in records
-        )
-        return self.registry.keep(stream, KeepBeat(updates=updates)).unknown
-
-    def withdraw(self, record: PublicationRecord) -> None:
-        self.registry.withdraw(
-            Withdrawal(
-                shard_key=record.shard_key,
-                incarnation=record.incarnation,
-                generation=record.generation + 1,
-                sequence=record.sequence + 1,
-            )
-        )
-
-    def find(self, *keys: str, **changes: Any) -> ReplicaListing:
-        return self.registry.find_replicas(
-            FindReplicas(replica_keys=keys or ("replica",), model_id="org/model", **changes)
-        )
-
-    def shard(self, number: int = 0, weights: str = "weights") -> list[str]:
-        listing = self.registry.find_shard(FindShard(shard_key=f"shard-{number}", weights_id=weights))
-        return [candidate.record.incarnation for candidate in listing.candidates]
-
-    def report(self, life: str, host: str, **changes: Any) -> Any:
-        failure = PeerFailure(
-            shard_key="shard-0",
-            incarnation=f"{life}-0",
-            generation=1,
-            kind=FailureKind.MISMATCH,
-            leaf=4,
-            reporter="reader",
-            reporter_host=host,
-        )
-        return self.registry.report(dataclasses.replace(failure, **changes), "")
-
-    def rechecks(self, life: str) -> list[int]:
-        record = rank(0, life)
-        update = KeepUpdate(
-            lease_id=self.leases[record.shard_key, record.incarnation].lease_id,
-            generation=1,
-            sequence=1,
-            state=S.READY,
-        )
-        return [item.leaf for item in self.registry.keep("s", KeepBeat(updates=(update,))).rechecks]
 
 
 @pytest.fixture
@@ -431,94 +339,3 @@ def test_dead_and_slow_sources_are_ranked_lower_but_never_quarantined(fleet: Fle
         assert not fleet.report("a", host, kind=FailureKind.STALLED, leaf=-1).quarantined
     assert fleet.shard() == ["b-0", "a-0"]
     assert fleet.rechecks("a") == []
-
-
-# Any order of messages -----------------------------------------------------------------------------------------------
-
-
-class AnyMessages(RuleBasedStateMachine):
-    """Sources that live, die and withdraw; a network that delays and repeats what they say."""
-
-    sent = Bundle("sent")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fleet = Fleet()
-        self.truth: dict[str, tuple[int, int, S]] = {}
-        """Life -> what its source says of itself at last: generation, sequence, state."""
-        self.delivered: dict[str, tuple[int, int]] = {}
-        self.heard: dict[str, float] = {}
-        self.tombs: dict[str, tuple[float, tuple[int, int]]] = {}
-
-    @rule(target=sent, life=st.sampled_from("abc"), state=st.sampled_from([S.LOADING, S.HELD, S.READY, S.PAUSED]))
-    def say(self, life: str, state: S) -> PublicationRecord:
-        generation, sequence, before = self.truth.get(life, (1, 0, S.LOADING))
-        moved = before is S.WITHDRAWN
-        self.truth[life] = (generation + moved, sequence + 1, state)
-        return rank(0, life, world_size=2, generation=generation + moved, sequence=sequence + 1, state=state)
-
-    @rule(target=sent, life=st.sampled_from("abc"))
-    def leave(self, life: str) -> Withdrawal:
-        generation, sequence, _ = self.truth.get(life, (1, 0, S.LOADING))
-        self.truth[life] = (generation + 1, sequence + 1, S.WITHDRAWN)
-        return Withdrawal(
-            shard_key="shard-0", incarnation=f"{life}-0", generation=generation + 1, sequence=sequence + 1
-        )
-
-    @rule(message=sent)
-    def arrives(self, message: PublicationRecord | Withdrawal) -> None:
-        life = message.incarnation[0]
-        version = (message.generation, message.sequence)
-        try:
-            if isinstance(message, Withdrawal):
-                self.fleet.registry.withdraw(message)
-            else:
-                self.fleet.publish(message)
-                self.heard[life] = self.fleet.clock.now
-        except MetadataError:
-            known = max(self.delivered.get(life, (0, 0)), self.tombs.get(life, (0.0, (0, 0)))[1])
-            assert version < known or version[1] <= known[1]
-            return
-        if isinstance(message, Withdrawal) and version[1] >= self.delivered.get(life, (0, 0))[1]:
-            self.tombs[life] = (self.fleet.clock.now, version)
-        self.delivered[life] = max(version, self.delivered.get(life, (0, 0)))
-
-    @rule(message=sent, stream=st.sampled_from(["s1", "s2"]))
-    def beats(self, message: PublicationRecord | Withdrawal, stream: str) -> None:
-        if isinstance(message, Withdrawal) or (message.shard_key, message.incarnation) not in self.fleet.leases:
-            return
-        unknown = self.fleet.beat(message, stream=stream)
-        if not unknown:
-            life = message.incarnation[0]
-            self.heard[life] = self.fleet.clock.now
-            self.delivered[life] = max((message.generation, message.sequence), self.delivered[life])
-
-    @rule(stream=st.sampled_from(["s1", "s2"]))
-    def breaks(self, stream: str) -> None:
-        self.fleet.registry.keep_ended(stream)
-
-    @rule(seconds=st.sampled_from([1.0, 4.0, 11.0]), sweep=st.booleans())
-    def waits(self, seconds: float, sweep: bool) -> None:
-        self.fleet.clock.now += seconds
-        if sweep:
-            self.fleet.registry.sweep()
-
-    @invariant()
-    def nothing_late_is_shown(self) -> None:
-        now = self.fleet.clock.now
-        for view in self.fleet.registry.sources(""):
-            record, life = view.record, view.record.incarnation[0]
-            assert now < self.heard[life] + TTL  # gone after the TTL
-            buried = self.tombs.get(life)
-            if buried is not None and now < buried[0] + 2 * TTL:
-                assert record.sequence > buried[1][1]  # a withdrawal is final for two TTLs
-            assert record.state is not S.WITHDRAWN
-
-    @invariant()
-    def nothing_incomplete_is_offered(self) -> None:
-        assert self.fleet.find().groups == ()  # only rank 0 of each replica ever speaks
-        assert self.fleet.shard() == []
-
-
-AnyMessages.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-TestAnyMessages = AnyMessages.TestCase

@@ -28,7 +28,7 @@ OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # peers are spoken to directly, whatever the environment says
     ("grpc.use_local_subchannel_pool", 1),  # a channel's back-off is its own
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5000),  # despite its name: what one attempt to connect may take
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(KEEPALIVE_S * 1000)),

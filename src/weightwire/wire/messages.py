@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from weightwire.types import Coordinates, Json, Role, Stage
 
-# --------------------------------------------------------------------------------------------------------------------
 # Publications
 
 
@@ -47,14 +46,11 @@ class PublicationRecord:
 
     Attributes:
         shard_key: replica key and full coordinates, hashed.
-        replica_key: identity with parallel sizes, hashed.
-        family_key: identity without parallel sizes, hashed.
+        replica_key, family_key: identity with and without parallel sizes, hashed.
         model_id: the operator's model id or the Hub id, for listings and for "the same model at another stage".
         identity: canonical JSON of the identity, for explaining mismatches; never trusted as a key.
         revision: Hub commit or the operator's label; "" when the source does not know it.
-        coordinates: where this rank stands in its replica.
-        role: target or draft model.
-        stage: when in the source's life its bytes were taken.
+        coordinates, role, stage: where this rank stands, of which model, and when its bytes were taken.
         incarnation: uuid of the process life that serves it.
         replica_incarnation: uuid that all ranks of one replica share for one life.
         world_size: how many shards make the replica complete.
@@ -67,8 +63,7 @@ class PublicationRecord:
         generation: counter of the published bytes; never goes back within an incarnation.
         sequence: counter of what the source said about this publication; a message with a lower one is late.
         host: stable id of the machine, for "two reporters on different hosts".
-        fraction: how much of the shard is in place, 0 to 1.
-        bytes_done: the same in bytes.
+        fraction, bytes_done: how much of the shard is in place, from 0 to 1, and in bytes.
         active_reads: read leases that are open at the source right now.
     """
 
@@ -174,8 +169,7 @@ class Withdrawal:
     sequence: int
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Finding
+# ---- Finding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,8 +334,7 @@ class ShardListing:
     rejected: tuple[Rejection, ...] = ()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Reports, listings, decisions
+# ---- Reports, listings, decisions
 
 
 class FailureKind(enum.StrEnum):
@@ -365,8 +358,7 @@ class PeerFailure:
     Attributes:
         generation: the source generation that was read; a report on an older one than the current is no blame.
         leaf: the leaf that was wrong, or -1.
-        reporter: the reporting process's incarnation.
-        reporter_host: stable id of the reporting machine.
+        reporter, reporter_host: incarnation of the reporting process, and stable id of its machine.
         detail: one line for the log.
     """
 
@@ -410,8 +402,7 @@ class Decision:
     value: bytes | None
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Peer endpoint
+# ---- Peer endpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
