@@ -3,7 +3,7 @@
 #   make demo    two replicas of a real model: one loads from disk, the other from the first
 #   make test    all tests                        make check   lint, types, layers, generated files
 #   make bench   the benchmarks                   make proto   regenerate the protobuf code
-#   make docs    regenerate parts of docs/         make clean   remove everything that was made here
+#   make docs    regenerate parts of docs/        make clean   remove everything that was made here
 #
 # Settings: PYTHON=python3.11  TORCH=torch==2.13.0  VENV=.venv  PYTEST="-k name"
 

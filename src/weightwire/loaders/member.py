@@ -27,7 +27,7 @@ class Member:
 
     Args:
         settings: with a metadata server's address.
-        serves: whether the transports are opened so that others can read; a pure target has no listening socket.
+        serves: whether others can read from it; a pure target has no listening socket.
 
     Raises:
         ConfigError: no address of a metadata server, or no transport works here.
@@ -43,11 +43,10 @@ class Member:
         self.metadata = MetadataClient(settings.url, self.secret)
         self._node: Node | None = None
         self._bind = settings.bind or local_address(settings.url)
-        self._opened: Opened
+        # apart from those that serve: memory that is being filled must not be registered for others to read
+        self._reading: Opened = open_transports(settings, self.secret, None, self._bind, self._bind)
         if serves:
             self._node = self._serve()
-        else:
-            self._opened = open_transports(settings, self.secret, None, self._bind, self._bind)
         self.incarnation = self._node.incarnation if self._node else uuid.uuid4().hex
 
     @property
@@ -67,8 +66,8 @@ class Member:
         return Reader(
             metadata=self.metadata,
             secret=self.secret,
-            transports=self._opened.transports,
-            unavailable=self._opened.unavailable,
+            transports=self._reading.transports,
+            unavailable=self._reading.unavailable,
             incarnation=self.incarnation,
             host=host_id(),
             stall_s=self.settings.stall_timeout,
@@ -80,7 +79,7 @@ class Member:
         """Withdraw what is published and let go of everything; bounded, idempotent."""
         if self._node is not None:
             self._node.close()
-        close_transports(self._opened)
+        close_transports(self._reading)
         self.metadata.close()
 
     def __enter__(self) -> Self:
@@ -95,8 +94,7 @@ class Member:
         advertise = self.settings.advertise or self._bind
 
         def open_all(gates: Callable[[str], ReadGate]) -> Mapping[str, Transport]:
-            self._opened = open_transports(self.settings, self.secret, gates, self._bind, advertise)
-            return self._opened.transports
+            return open_transports(self.settings, self.secret, gates, self._bind, advertise).transports
 
         node = Node(
             metadata=self.metadata,
