@@ -422,9 +422,7 @@ class PeerStatus:
 class ManifestHeader:
     """What goes with a manifest and comes before it on the stream.
 
-    Attributes:
-        build_facts: what the source's construction learnt from its checkpoint files; applied by the target before
-            it constructs its model.
+    ``build_facts`` is what the source's construction learnt from its checkpoint files; the target applies it first.
     """
 
     shard_key: str
