@@ -111,8 +111,12 @@ def publish(  # noqa: PLR0913  (keyword-only, each with a default that is right 
         ConfigError: no metadata server is named, or settings contradict each other.
     """
     where, ranks_ = _alone(identity, coordinates, group)
-    described = catalogue(module, names, classes=classes)
-    member = Member(_settings(settings, url))
+    try:
+        described = catalogue(module, names, classes=classes)
+        member = Member(_settings(settings, url))
+    except WeightwireError as error:
+        ranks_.refuse(f"publish/{identity.stage.value}", error.problem)
+        raise
     try:
         life = ranks_.once("replica", uuid.uuid4().hex)
         claim = Claim(
@@ -178,7 +182,6 @@ def receive(  # noqa: PLR0913  (as publish)
         accept_unpinned=chosen.accept_unpinned,
         has_disk=False,
     )
-    described = catalogue(module, names, classes=classes)
     with Member(chosen, serves=False) as member:
         receiver = Receiver(reader=member.reader, want=want, group=ranks_.at("receive"), progress=progress)
         receiver.report.warnings += [
@@ -188,6 +191,11 @@ def receive(  # noqa: PLR0913  (as publish)
             receiver.find()
         except WeightwireError as error:
             log.info("nothing was received: %s", error)
+            raise
+        try:
+            described = catalogue(module, names, classes=classes)
+        except WeightwireError as error:
+            receiver.decline(error)
             raise
         return receiver.fill(described)
 

@@ -24,7 +24,7 @@ from weightwire.observability.progress import Progress
 from weightwire.target.offer import Choice, Offer, Want
 from weightwire.target.reader import Reader
 from weightwire.target.session import contact
-from weightwire.types import Json, Stage
+from weightwire.types import Coordinates, Json, Stage
 from weightwire.wire.messages import Candidate, FindReplicas, FindShard, ManifestHeader
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Discovery:
         )
         for candidate in listing.candidates:
             try:
-                header, manifest = self._manifest(candidate, choice)
+                header, manifest = fetch_manifest(self.reader, candidate, choice, self.want.coordinates)
             except (TransferError, AuthError) as error:
                 log.warning("%s", error)
                 last = error
@@ -96,7 +96,7 @@ class Discovery:
     def _ask(self) -> Json:
         try:
             return self._wait_for_choice().to_json()
-        except (NoSourceError, WeightsConflict, MetadataError, AuthError) as error:
+        except WeightwireError as error:  # whatever it is, the other ranks learn of it now
             return _miss(error)
 
     def _wait_for_choice(self) -> Choice:
@@ -143,16 +143,25 @@ class Discovery:
             self.progress("wait", int(max(item.fraction for item in ahead) * 100), 100, "percent")
         return bool(ahead)
 
-    def _manifest(self, candidate: Candidate, choice: Choice) -> tuple[ManifestHeader, Manifest]:
-        client = contact(self.reader, candidate)
-        try:
-            header, manifest = client.manifest(candidate.record.shard_key, timeout=self.reader.load_s)
-        finally:
-            client.close()
-        agreed = (choice.weights_id, choice.stage, candidate.record.content_id, self.want.coordinates)
-        if (header.weights_id, header.stage, header.content_id, header.coordinates) != agreed:
-            raise ProtocolError(f"{client.target} offers something else than it published", "another source is tried")
-        return header, manifest
+
+def fetch_manifest(
+    reader: Reader, candidate: Candidate, choice: Choice, coordinates: Coordinates
+) -> tuple[ManifestHeader, Manifest]:
+    """A candidate's manifest, checked to be of what was chosen.
+
+    Raises:
+        TransferError: it cannot be reached, moved on, or offers something else than it published.
+        AuthError: it does not hold our secret.
+    """
+    client = contact(reader, candidate)
+    try:
+        header, manifest = client.manifest(candidate.record.shard_key, timeout=reader.load_s)
+    finally:
+        client.close()
+    agreed = (choice.weights_id, choice.stage, candidate.record.content_id, coordinates)
+    if (header.weights_id, header.stage, header.content_id, header.coordinates) != agreed:
+        raise ProtocolError(f"{client.target} offers something else than it published", "another source is tried")
+    return header, manifest
 
 
 def _error(outcome: Outcome) -> WeightwireError:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from weightwire.errors import (
     AuthError,
     DecisionError,
     FenceTimeout,
     GenerationMoved,
+    ProtocolError,
     TransferError,
     WeightwireError,
 )
@@ -22,7 +23,7 @@ from weightwire.manifest.records import Manifest, weights_id
 from weightwire.metadata.decision import Group, Vote
 from weightwire.observability.metrics import PHASES, RECEIVED, process_metrics
 from weightwire.observability.progress import Progress, silent
-from weightwire.target.discover import Discovery
+from weightwire.target.discover import Discovery, fetch_manifest
 from weightwire.target.offer import Offer, Want
 from weightwire.target.pull import BadLeaf, Bounds, PeerShare, Pull
 from weightwire.target.reader import Reader
@@ -163,9 +164,41 @@ class Receiver:
         weights = range(planned.layout.weight_leaves)
         self._run(planned.manifest, weights, into, self._offer.candidates, deadline, tally)
         derived = range(planned.layout.weight_leaves, len(planned.layout.leaves))
-        if derived:  # differs innocently between replicas, so it comes from the one that gave the manifest
-            self._run(planned.manifest, derived, into, (self._offer.origin,), deadline, tally)
+        if derived:
+            self._fetch_derived(derived, into, deadline, tally)
         self.report.nbytes = sum(share.nbytes for share in self.report.shares)
+
+    def _fetch_derived(
+        self,
+        derived: range,
+        into: dict[str, Registration],
+        deadline: float,
+        tally: _Tally,
+    ) -> None:
+        """Derived leaves differ innocently between replicas: all from one peer, under that peer's own manifest."""
+        assert self._offer is not None
+        offer = self._offer
+        others = [each for each in offer.candidates if each.record.incarnation != offer.origin.record.incarnation]
+        for candidate in (offer.origin, *others):
+            try:
+                if candidate is not offer.origin:
+                    self._offer = self._adopt(candidate, offer)
+                self._run(self._offer.manifest, derived, into, (candidate,), deadline, tally)
+            except FenceTimeout:
+                raise
+            except (TransferError, AuthError) as error:
+                last: WeightwireError = error
+                self.report.warnings.append(f"{candidate.record.incarnation[:8]} was not used: {error.problem}")
+            else:
+                return
+        raise last
+
+    def _adopt(self, candidate: Candidate, offer: Offer) -> Offer:
+        """``offer`` with the manifest of another of its candidates, which must describe the same tensors."""
+        header, manifest = fetch_manifest(self.reader, candidate, offer.choice, self.want.coordinates)
+        if manifest.layout != offer.manifest.layout:
+            raise ProtocolError("it describes the same weights otherwise", "another source is tried")
+        return replace(offer, header=header, manifest=manifest, origin=candidate)
 
     def _run(
         self,
