@@ -128,9 +128,9 @@ def record(
         generation=life.generation,
         sequence=life.sequence,
         host=where.host,
-        fraction=done / total if total else 0.0,
+        fraction=min(1.0, done / total) if total else 0.0,
         bytes_done=done,
-        nbytes=total,
+        nbytes=0,  # beats carry progress but no size: one that appeared while loading would stop them
         active_reads=readers,
     )
     if holding is None:
