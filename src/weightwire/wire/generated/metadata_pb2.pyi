@@ -107,7 +107,7 @@ class CheckResult(_message.Message):
     lease_id: str
     leaf: int
     ok: bool
-    def __init__(self, lease_id: _Optional[str] = ..., leaf: _Optional[int] = ..., ok: _Optional[bool] = ...) -> None: ...
+    def __init__(self, lease_id: _Optional[str] = ..., leaf: _Optional[int] = ..., ok: bool = ...) -> None: ...
 
 class KeepBeat(_message.Message):
     __slots__ = ("updates", "checks")
@@ -181,7 +181,7 @@ class ReplicaOffer(_message.Message):
     suspect: bool
     reports: int
     active_reads: int
-    def __init__(self, replica_key: _Optional[str] = ..., replica_incarnation: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., revision: _Optional[str] = ..., ordinal: _Optional[int] = ..., world_size: _Optional[int] = ..., nbytes: _Optional[int] = ..., suspect: _Optional[bool] = ..., reports: _Optional[int] = ..., active_reads: _Optional[int] = ...) -> None: ...
+    def __init__(self, replica_key: _Optional[str] = ..., replica_incarnation: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., revision: _Optional[str] = ..., ordinal: _Optional[int] = ..., world_size: _Optional[int] = ..., nbytes: _Optional[int] = ..., suspect: bool = ..., reports: _Optional[int] = ..., active_reads: _Optional[int] = ...) -> None: ...
 
 class WeightsGroup(_message.Message):
     __slots__ = ("replica_key", "stage", "weights_id", "ordinal", "revisions", "replicas")
@@ -231,7 +231,7 @@ class LoadingReplica(_message.Message):
     quiet_s: float
     live: bool
     earlier: bool
-    def __init__(self, replica_key: _Optional[str] = ..., replica_incarnation: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., revision: _Optional[str] = ..., state: _Optional[_Union[_common_pb2.PublicationState, str]] = ..., weights_id: _Optional[str] = ..., world_size: _Optional[int] = ..., ranks: _Optional[int] = ..., fraction: _Optional[float] = ..., bytes_done: _Optional[int] = ..., nbytes: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., quiet_s: _Optional[float] = ..., live: _Optional[bool] = ..., earlier: _Optional[bool] = ...) -> None: ...
+    def __init__(self, replica_key: _Optional[str] = ..., replica_incarnation: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., revision: _Optional[str] = ..., state: _Optional[_Union[_common_pb2.PublicationState, str]] = ..., weights_id: _Optional[str] = ..., world_size: _Optional[int] = ..., ranks: _Optional[int] = ..., fraction: _Optional[float] = ..., bytes_done: _Optional[int] = ..., nbytes: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., quiet_s: _Optional[float] = ..., live: bool = ..., earlier: bool = ...) -> None: ...
 
 class OtherReplica(_message.Message):
     __slots__ = ("replica_key", "family_key", "replica_incarnation", "stage", "role", "state", "revision", "world_size", "ranks", "identity")
@@ -299,7 +299,7 @@ class Candidate(_message.Message):
     reason: str
     suspect: bool
     reports: int
-    def __init__(self, record: _Optional[_Union[PublicationRecord, _Mapping]] = ..., reason: _Optional[str] = ..., suspect: _Optional[bool] = ..., reports: _Optional[int] = ...) -> None: ...
+    def __init__(self, record: _Optional[_Union[PublicationRecord, _Mapping]] = ..., reason: _Optional[str] = ..., suspect: bool = ..., reports: _Optional[int] = ...) -> None: ...
 
 class ShardListing(_message.Message):
     __slots__ = ("candidates", "rejected")
@@ -337,7 +337,7 @@ class ReportAnswer(_message.Message):
     counted: bool
     quarantined: bool
     reason: str
-    def __init__(self, counted: _Optional[bool] = ..., quarantined: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, counted: bool = ..., quarantined: bool = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SourcesRequest(_message.Message):
     __slots__ = ("model_id",)
@@ -361,7 +361,7 @@ class SourceView(_message.Message):
     age_s: float
     remaining_s: float
     note: str
-    def __init__(self, record: _Optional[_Union[PublicationRecord, _Mapping]] = ..., suspect: _Optional[bool] = ..., quarantined: _Optional[bool] = ..., reports: _Optional[int] = ..., age_s: _Optional[float] = ..., remaining_s: _Optional[float] = ..., note: _Optional[str] = ...) -> None: ...
+    def __init__(self, record: _Optional[_Union[PublicationRecord, _Mapping]] = ..., suspect: bool = ..., quarantined: bool = ..., reports: _Optional[int] = ..., age_s: _Optional[float] = ..., remaining_s: _Optional[float] = ..., note: _Optional[str] = ...) -> None: ...
 
 class DecideRequest(_message.Message):
     __slots__ = ("key", "value", "wait_s")

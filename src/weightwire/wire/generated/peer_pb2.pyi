@@ -225,7 +225,7 @@ class ProgressUpdate(_message.Message):
     generation: int
     ranges: _containers.RepeatedCompositeFieldContainer[LeafRange]
     complete: bool
-    def __init__(self, version: _Optional[int] = ..., generation: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[LeafRange, _Mapping]]] = ..., complete: _Optional[bool] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., generation: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[LeafRange, _Mapping]]] = ..., complete: bool = ...) -> None: ...
 
 class CloseReadRequest(_message.Message):
     __slots__ = ("incarnation", "lease")
@@ -249,4 +249,4 @@ class SelfCheckResponse(_message.Message):
     __slots__ = ("ok",)
     OK_FIELD_NUMBER: _ClassVar[int]
     ok: bool
-    def __init__(self, ok: _Optional[bool] = ...) -> None: ...
+    def __init__(self, ok: bool = ...) -> None: ...
