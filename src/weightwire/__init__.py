@@ -15,20 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weightwire.config import Settings
-    from weightwire.errors import WeightwireError
+    from weightwire.errors import FenceTimeout, WeightwireError
     from weightwire.identity.identity import Identity, module_identity
     from weightwire.loaders.module import Published, publish, ranks, receive
     from weightwire.manifest.construction import capture
     from weightwire.target.report import LoadReport
-    from weightwire.types import Coordinates, Stage
+    from weightwire.types import Coordinates, Role, Stage
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Coordinates": "weightwire.types",
+    "FenceTimeout": "weightwire.errors",
     "Identity": "weightwire.identity.identity",
     "LoadReport": "weightwire.target.report",
     "Published": "weightwire.loaders.module",
+    "Role": "weightwire.types",
     "Settings": "weightwire.config",
     "Stage": "weightwire.types",
     "WeightwireError": "weightwire.errors",
@@ -41,9 +43,11 @@ _HOMES = {
 
 __all__ = [
     "Coordinates",
+    "FenceTimeout",
     "Identity",
     "LoadReport",
     "Published",
+    "Role",
     "Settings",
     "Stage",
     "WeightwireError",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Protocol
 
@@ -11,11 +12,13 @@ import weightwire
 from weightwire.config import Settings
 from weightwire.errors import (
     AuthError,
+    ConfigError,
     ManifestMismatch,
     MetadataUnreachable,
     NoSourceError,
     WeightsConflict,
 )
+from weightwire.metadata.decision import MemoryDecisions
 
 
 class ChildProcess(Protocol):
@@ -117,3 +120,29 @@ def test_h49_without_the_secret_nothing_is_told(publish: Publish, settings: Sett
     with pytest.raises(AuthError) as caught:
         weightwire.receive(poisoned(), identity(), settings=replace(settings, secret_file=other))
     assert "tests/encoder" not in str(caught.value)
+
+
+def test_what_was_received_is_published_without_digesting_it_again(publish: Publish, settings: Settings) -> None:
+    _, content_id, weights_id = publish().line()
+    module = poisoned()
+    report = weightwire.receive(module, identity(), settings=settings)
+    with weightwire.publish(module, identity(), settings=settings, received=report) as published:
+        assert (published.report.content_id, published.report.weights_id) == (content_id, weights_id)
+    assert "manifest" not in report.to_json()
+
+
+def test_a_rank_that_cannot_start_does_not_keep_the_others_waiting(settings: Settings) -> None:
+    decisions = MemoryDecisions()
+    alone = replace(settings, url=None, wait_for_loading=60.0)
+    where = [weightwire.Coordinates(tp_rank=rank, tp_size=2) for rank in range(2)]
+    wanted = identity(tp_size=2)
+    with pytest.raises(ConfigError):
+        weightwire.receive(
+            poisoned(), wanted, settings=alone, coordinates=where[0], group=weightwire.ranks(decisions, 0, 2)
+        )
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="no metadata server is named"):
+        weightwire.receive(
+            poisoned(), wanted, settings=settings, coordinates=where[1], group=weightwire.ranks(decisions, 1, 2)
+        )
+    assert time.monotonic() - began < 20

@@ -126,3 +126,15 @@ def test_the_cost_is_known_beforehand_and_free_on_the_host() -> None:
     model = Model()
     assert raw_cost(model) == 0
     assert over_budget(model) == ""
+
+
+def test_h09_a_module_that_declares_nothing_may_change_anything() -> None:
+    module = nn.Linear(3, 3)
+    described = catalogue(module)
+    memory = described.memory
+    assert isinstance(memory.owners, list)
+    before = digest_leaves(memory, described.layout.leaves)
+    snapshot = Snapshot(model=module, published=storages(memory.owners))
+    with snapshot.guard(module), torch.no_grad():
+        module.weight.mul_(2)
+    assert digest_leaves(memory, described.layout.leaves) == before

@@ -15,12 +15,13 @@ from weightwire.errors import ConfigError, WeightwireError
 from weightwire.identity.identity import Identity
 from weightwire.loaders.member import Member
 from weightwire.manifest.catalogue import ConstructionNames, catalogue
-from weightwire.metadata.decision import DecisionStore, Group, TorchDecisions
+from weightwire.metadata.decision import DEFAULT_VOTE_S, DecisionStore, Group, TorchDecisions
 from weightwire.observability.progress import Progress, silent
 from weightwire.source.described import Claim
 from weightwire.source.publication import Publication
 from weightwire.source.publish import PublishReport, publish_shard
 from weightwire.source.snapshot import Snapshot
+from weightwire.target.discover import give_up
 from weightwire.target.offer import Want
 from weightwire.target.receiver import Receiver
 from weightwire.target.report import LoadReport
@@ -86,6 +87,7 @@ def publish(  # noqa: PLR0913  (keyword-only, each with a default that is right 
     names: ConstructionNames | None = None,
     classes: Mapping[str, str] | None = None,
     ordinal: int = 0,
+    received: LoadReport | None = None,
     settings: Settings | None = None,
     progress: Progress = silent,
 ) -> Published:
@@ -102,6 +104,8 @@ def publish(  # noqa: PLR0913  (keyword-only, each with a default that is right 
         names: of ``weightwire.capture(module)`` at construction, where aliases are wired or storage is bound later.
         classes: name or pattern -> ``weight``, ``derived`` or ``runtime``, for attributes that no module declares.
         ordinal: where several weights live under one identity, "latest" takes the highest.
+        received: what ``receive`` returned for this very module and stage, if nothing has changed since: its bytes were
+            just verified and are not digested again.
         settings: instead of the environment's.
         progress: see ``observability.progress``.
 
@@ -127,7 +131,8 @@ def publish(  # noqa: PLR0913  (keyword-only, each with a default that is right 
             ordinal=ordinal,
         )
         publication = member.node.announce(claim)
-        report = publish_shard(publication, described, ranks_, progress=progress)
+        manifest = received.manifest if received else None
+        report = publish_shard(publication, described, ranks_, manifest=manifest, progress=progress)
     except BaseException:
         member.close()
         raise
@@ -145,6 +150,7 @@ def receive(  # noqa: PLR0913  (as publish)
     classes: Mapping[str, str] | None = None,
     weights_id: str = "",
     latest: bool = False,
+    has_fallback: bool = False,
     settings: Settings | None = None,
     progress: Progress = silent,
 ) -> LoadReport:
@@ -161,6 +167,7 @@ def receive(  # noqa: PLR0913  (as publish)
         classes: as for ``publish``.
         weights_id: take exactly these weights.
         latest: where several weights are ready, take those with the highest ordinal.
+        has_fallback: the caller can load from elsewhere, so a metadata server that has just started is not waited for.
         settings: instead of the environment's.
         progress: see ``observability.progress``.
 
@@ -173,17 +180,23 @@ def receive(  # noqa: PLR0913  (as publish)
     """
     wanted = [identity] if isinstance(identity, Identity) else list(identity)
     where, ranks_ = _alone(wanted[0], coordinates, group)
-    chosen = _settings(settings, url)
+    group_ = ranks_.at("receive")
+    try:
+        chosen = _settings(settings, url)
+        member = Member(chosen, serves=False)
+    except WeightwireError as error:
+        give_up(group_, error)
+        raise
     want = Want(
         stages={each.stage: each for each in wanted},
         coordinates=where,
         pinned=weights_id,
         latest=latest,
         accept_unpinned=chosen.accept_unpinned,
-        has_disk=False,
+        has_disk=has_fallback,
     )
-    with Member(chosen, serves=False) as member:
-        receiver = Receiver(reader=member.reader, want=want, group=ranks_.at("receive"), progress=progress)
+    with member:
+        receiver = Receiver(reader=member.reader, want=want, group=group_, progress=progress)
         receiver.report.warnings += [
             f"{name} is not available: {why}" for name, why in member.reader.unavailable.items()
         ]
@@ -200,7 +213,7 @@ def receive(  # noqa: PLR0913  (as publish)
         return receiver.fill(described)
 
 
-def ranks(store: Any, rank: int, size: int, epoch: str = "0") -> Group:
+def ranks(store: Any, rank: int, size: int, epoch: str = "0", vote_s: float = DEFAULT_VOTE_S) -> Group:
     """The ranks of one replica, for ``publish`` and ``receive``.
 
     Args:
@@ -209,9 +222,10 @@ def ranks(store: Any, rank: int, size: int, epoch: str = "0") -> Group:
         rank: this process's.
         size: how many there are.
         epoch: different for each use of one store; equal on all ranks.
+        vote_s: seconds to wait for the others at one step; longer where ranks may finish far apart.
     """
     decisions: DecisionStore = store if hasattr(store, "record") else TorchDecisions(store)
-    return Group(decisions, rank, size, epoch)
+    return Group(decisions, rank, size, epoch, vote_s)
 
 
 def _settings(settings: Settings | None, url: str | None) -> Settings:

@@ -138,8 +138,6 @@ def _repoint(tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
 def _may_change(module: nn.Module, own: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     declare = getattr(module, "transform_effect", None)
     if declare is None:
-        if not hasattr(module, "transform_weights") and not hasattr(module, "post_load_weights"):
-            return []
         return [tensor for child in module.modules() for tensor in own_tensors(child).values()]
     effects: Mapping[str, Effect] = declare()
     return [own[name] for name, effect in effects.items() if effect == "in_place" and name in own]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from weightwire.errors import (
     AuthError,
+    ConfigError,
     DecisionError,
     MetadataError,
     MetadataUnreachable,
@@ -40,7 +41,15 @@ MARGIN_S = 30.0
 
 MISSES = {
     kind.__name__: kind
-    for kind in (NoSourceError, WeightsConflict, MetadataError, MetadataUnreachable, AuthError, DecisionError)
+    for kind in (
+        NoSourceError,
+        WeightsConflict,
+        MetadataError,
+        MetadataUnreachable,
+        AuthError,
+        ConfigError,
+        DecisionError,
+    )
 }
 """How a miss is named in the decision, so that every rank raises the same."""
 
@@ -162,6 +171,13 @@ def fetch_manifest(
     if (header.weights_id, header.stage, header.content_id, header.coordinates) != agreed:
         raise ProtocolError(f"{client.target} offers something else than it published", "another source is tried")
     return header, manifest
+
+
+def give_up(group: Group, error: WeightwireError) -> None:
+    """This rank cannot even ask: tell the others, who would wait for it. Legal before ``Discovery.choose``."""
+    if group.rank == 0:
+        group.once("choice", _miss(error))
+    group.refuse("plan", error.problem)
 
 
 def _error(outcome: Outcome) -> WeightwireError:

@@ -122,6 +122,7 @@ class Receiver:
         process_metrics().load("peer")
         self.report.source, self.report.verified = "peer", True
         self.report.content_id = agreed.manifest.content_id
+        self.report.manifest = agreed.manifest
         return self.report
 
     @property

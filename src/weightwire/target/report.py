@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
+from weightwire.manifest.records import Manifest
 from weightwire.types import Json
 
 
@@ -58,6 +59,7 @@ class LoadReport:
         steps: the fallback ladder as it was climbed.
         retries: chunks that had to be asked again.
         warnings: slow paths and other things that a person should know, one line each.
+        manifest: of the received bytes, for publishing them on; ``None`` for ``disk``. Not part of ``to_json``.
     """
 
     source: str = ""
@@ -73,6 +75,7 @@ class LoadReport:
     steps: list[Step] = field(default_factory=list)
     retries: int = 0
     warnings: list[str] = field(default_factory=list)
+    manifest: Manifest | None = field(default=None, repr=False, compare=False)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -96,4 +99,6 @@ class LoadReport:
 
     def to_json(self) -> dict[str, Json]:
         """All of it as plain data."""
-        return asdict(self) | {"paths": list(self.paths), "gigabytes_per_second": self.gigabytes_per_second}
+        plain: dict[str, Json] = asdict(replace(self, manifest=None))
+        del plain["manifest"]
+        return plain | {"paths": list(self.paths), "gigabytes_per_second": self.gigabytes_per_second}
