@@ -1,31 +1,38 @@
 """The device twin of ``digest``: the same values, computed where the bytes are.
 
-All blocks of a batch are hashed in parallel, stripe by stripe, in 64-bit integer arithmetic (torch's ``int64``
-multiplies modulo 2^64; the logical right shift is made from the arithmetic one and a mask). The batch is gathered into
-a staging tensor of bounded size, so small tensors and odd alignments cost no extra care. Runs on any torch device,
-the CPU included, which is how it is tested. On CUDA one compiled kernel (``device_kernel``) takes its place.
+On CUDA one kernel (``device_kernel``) hashes all blocks at once, where they lie; only blocks that consist of several
+pieces of memory, or begin at an odd address, are gathered into a stage of bounded size first. Anywhere else (the CPU
+included, which is how it is tested) all blocks of a batch are gathered and hashed in parallel, stripe by stripe, by
+tensor operations in 64-bit integer arithmetic (torch's ``int64`` multiplies modulo 2^64; the logical right shift is
+made from the arithmetic one and a mask).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 import xxhash
 
 from weightwire.manifest import device_kernel
-from weightwire.manifest.address import Segment
+from weightwire.manifest.address import AddressSpace, Segment
+from weightwire.manifest.device_blocks import BLOCK_BYTES, Blocks, Column, Pieces
+from weightwire.manifest.device_kernel import Kernel
 from weightwire.manifest.device_memory import tensor_at
 from weightwire.manifest.leaves import LEAF_BYTES
+from weightwire.types import Span
 
-BLOCK_BYTES = 64 * 1024
 STRIPE_BYTES = 32
 LANES = 4
 
 CPU_BATCH_BYTES = 16 << 20
 DEVICE_BATCH_BYTES = 256 << 20
-"""Staging memory on an accelerator: enough blocks to fill it; stated in the documentation of memory use."""
+"""Most staging memory on an accelerator; stated in the documentation of memory use."""
+
+DEVICE_LEAVES = 4096
+"""Leaves digested in one go on an accelerator: enough to fill it many times over, few enough to report progress."""
 
 
 def _signed(value: int) -> int:
@@ -40,38 +47,113 @@ _P5 = _signed(0x27D4EB2F165667C5)
 _START = (_signed((0x9E3779B185EBCA87 + 0xC2B2AE3D27D4EB4F) % (1 << 64)), _P2, 0, _signed(-_P1 % (1 << 64)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    leaf: int
-    index: int
-    nbytes: int
-    pieces: tuple[tuple[int, int, Segment, int], ...]
-    """(offset in the block, length, segment, offset in the segment)"""
-
-
 def batch_leaves(device: str) -> int:
-    """How many leaves one call of :func:`digest_leaves` should get on ``device``."""
-    return (CPU_BATCH_BYTES if device == "cpu" else DEVICE_BATCH_BYTES) // LEAF_BYTES
+    """How many leaves one call should get on ``device``."""
+    return CPU_BATCH_BYTES // LEAF_BYTES if device == "cpu" else DEVICE_LEAVES
+
+
+def digest_spans(memory: AddressSpace, spans: Sequence[Span]) -> bytes:
+    """Digests of ``spans``, each of them a leaf's, one after the other.
+
+    Device memory is read on a stream of its own that waits for the current one first; the values are on the host when
+    this returns.
+
+    Args:
+        memory: whose bytes of these spans all lie on one device.
+        spans: at most ``batch_leaves`` of them.
+
+    Raises:
+        IndexError: a span is not inside ``memory``.
+    """
+    filled = [span for span in spans if span.nbytes]
+    if not filled:
+        return _combined(np.zeros(0, dtype=np.int64), np.zeros(len(spans), dtype=np.int64))
+    begin, end = min(span.offset for span in filled), max(span.end for span in filled)
+    return _digests(memory.slices(Span(begin, end - begin)), spans)
 
 
 def digest_leaves(leaves: Sequence[Sequence[Segment]]) -> bytes:
-    """Digests of ``leaves``, each given as its segments in logical order, all on one device; one after the other.
+    """As ``digest_spans``, of leaves that are given as their segments in logical order, all on one device."""
+    segments: list[Segment] = []
+    spans: list[Span] = []
+    offset = 0
+    for leaf in leaves:
+        begin = offset
+        for segment in leaf:
+            segments.append(Segment(offset, segment.address, segment.nbytes, segment.device))
+            offset += segment.nbytes
+        spans.append(Span(begin, offset - begin))
+    return _digests(segments, spans)
 
-    Uses ``sum of the leaves' sizes`` plus about a tenth as staging memory on the device, so give at most
-    ``batch_leaves`` of them.
-    """
-    blocks = sorted(_blocks(leaves), key=lambda block: -block.nbytes)  # stable: full ones stay in logical order
-    if not blocks:
-        return b"".join(xxhash.xxh3_128_digest(b"") for _ in leaves)
-    device = blocks[0].pieces[0][2].device
-    stage = torch.empty(len(blocks) * BLOCK_BYTES, dtype=torch.uint8, device=device)
-    _gather(stage, blocks)
-    rows, lengths = stage.view(len(blocks), BLOCK_BYTES), [block.nbytes for block in blocks]
-    hashes = device_kernel.block_hashes(rows, lengths)
-    if hashes is None:
-        hashes = block_hashes(rows, lengths)
-    values = {(block.leaf, block.index): value for block, value in zip(blocks, hashes.tolist(), strict=True)}
-    return b"".join(_leaf(values, number) for number in range(len(leaves)))
+
+def _digests(segments: Sequence[Segment], spans: Sequence[Span]) -> bytes:
+    blocks = Blocks(segments, spans)
+    if not len(blocks):
+        return _combined(np.zeros(0, dtype=np.int64), blocks.counts)
+    device = segments[0].device
+    kernel = device_kernel.kernel_on(device)
+    values = _by_tensor_operations(blocks, device) if kernel is None else _by_kernel(blocks, device, kernel)
+    return _combined(values, blocks.counts)
+
+
+def _combined(values: Column, counts: Column) -> bytes:
+    """XXH3-128 over each leaf's block hashes."""
+    data, ends = memoryview(values.astype("<i8").tobytes()), np.cumsum(counts) * 8
+    bounds = zip((ends - counts * 8).tolist(), ends.tolist(), strict=True)
+    return b"".join(xxhash.xxh3_128_digest(data[begin:end]) for begin, end in bounds)
+
+
+def _by_kernel(blocks: Blocks, device: str, kernel: Kernel) -> Column:
+    whole, split = np.flatnonzero(blocks.whole), np.flatnonzero(~blocks.whole)
+    with _own_stream(device):
+        out = torch.empty(len(blocks), dtype=torch.int64, device=device)
+        kernel.hash(blocks.address[whole], blocks.nbytes[whole], out[: len(whole)])
+        done = len(whole)
+        for rows in _batches(split, DEVICE_BATCH_BYTES):
+            _gathered_by_kernel(blocks, rows, kernel, out[done : done + len(rows)])
+            done += len(rows)
+        values = np.empty(len(blocks), dtype=np.int64)
+        values[np.concatenate((whole, split))] = out.cpu().numpy()
+    return values
+
+
+def _gathered_by_kernel(blocks: Blocks, rows: Column, kernel: Kernel, out: torch.Tensor) -> None:
+    stage = torch.empty(len(rows) * BLOCK_BYTES, dtype=torch.uint8, device=out.device)
+    pieces = blocks.pieces(rows)
+    kernel.gather(pieces.address, stage.data_ptr() + pieces.row * BLOCK_BYTES + pieces.at, pieces.nbytes)
+    kernel.hash(stage.data_ptr() + np.arange(len(rows)) * BLOCK_BYTES, blocks.nbytes[rows], out)
+
+
+@contextlib.contextmanager
+def _own_stream(device: str) -> Iterator[None]:
+    """Digests asked for by several threads run beside each other, and not behind what else the process computes."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        yield
+
+
+def _by_tensor_operations(blocks: Blocks, device: str) -> Column:
+    values = np.empty(len(blocks), dtype=np.int64)
+    order = np.argsort(-blocks.nbytes, kind="stable")  # longest first; full ones stay in logical order
+    for rows in _batches(order, CPU_BATCH_BYTES if device == "cpu" else DEVICE_BATCH_BYTES):
+        stage = _gathered(blocks.pieces(rows), len(rows), device)
+        values[rows] = block_hashes(stage, blocks.nbytes[rows].tolist()).cpu().numpy()
+        del stage  # before the next one is made
+    return values
+
+
+def _batches(rows: Column, nbytes: int) -> Iterator[Column]:
+    """``rows`` in parts whose stages are at most ``nbytes`` large."""
+    step = nbytes // BLOCK_BYTES
+    return (rows[at : at + step] for at in range(0, len(rows), step))
+
+
+def _gathered(pieces: Pieces, rows: int, device: str) -> torch.Tensor:
+    stage = torch.empty(rows * BLOCK_BYTES, dtype=torch.uint8, device=device)
+    for to, address, nbytes in pieces.runs():
+        stage[to : to + nbytes].copy_(tensor_at(address, nbytes, device))
+    return stage.view(rows, BLOCK_BYTES)
 
 
 def block_hashes(stage: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
@@ -92,52 +174,6 @@ def block_hashes(stage: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     value += total
     _tails(value, stage, lengths)
     return _avalanche(value)
-
-
-def _blocks(leaves: Sequence[Sequence[Segment]]) -> Iterator[_Block]:
-    for number, segments in enumerate(leaves):
-        pieces: list[tuple[int, int, Segment, int]] = []
-        filled = index = 0
-        for segment in segments:
-            at = 0
-            while at < segment.nbytes:
-                step = min(BLOCK_BYTES - filled, segment.nbytes - at)
-                pieces.append((filled, step, segment, at))
-                filled, at = filled + step, at + step
-                if filled == BLOCK_BYTES:
-                    yield _Block(number, index, filled, tuple(pieces))
-                    pieces, filled, index = [], 0, index + 1
-        if filled:
-            yield _Block(number, index, filled, tuple(pieces))
-
-
-def _gather(stage: torch.Tensor, blocks: Sequence[_Block]) -> None:
-    """Copy every block to its row; runs that are contiguous on both sides go in one copy."""
-    run: tuple[int, int, int] | None = None  # (row offset, address, length)
-    device = blocks[0].pieces[0][2].device
-    for row, block in enumerate(blocks):
-        for offset, nbytes, segment, at in block.pieces:
-            to, address = row * BLOCK_BYTES + offset, segment.address + at
-            if run and run[0] + run[2] == to and run[1] + run[2] == address:
-                run = (run[0], run[1], run[2] + nbytes)
-                continue
-            _copy(stage, run, device)
-            run = (to, address, nbytes)
-    _copy(stage, run, device)
-
-
-def _copy(stage: torch.Tensor, run: tuple[int, int, int] | None, device: str) -> None:
-    if run is not None:
-        to, address, nbytes = run
-        stage[to : to + nbytes].copy_(tensor_at(address, nbytes, device))
-
-
-def _leaf(values: dict[tuple[int, int], int], number: int) -> bytes:
-    parts, index = [], 0
-    while (number, index) in values:
-        parts.append(values[number, index].to_bytes(8, "little", signed=True))
-        index += 1
-    return xxhash.xxh3_128_digest(b"".join(parts))
 
 
 def _stripes(state: torch.Tensor, words: torch.Tensor, lengths: Sequence[int]) -> None:

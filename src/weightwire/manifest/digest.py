@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,12 +18,11 @@ import xxhash
 
 from weightwire.manifest import device_digest
 from weightwire.manifest.address import AddressSpace, Segment
+from weightwire.manifest.device_blocks import BLOCK_BYTES
 from weightwire.manifest.device_memory import tensor_at
 from weightwire.manifest.memory import view
 from weightwire.manifest.records import Leaf
 from weightwire.types import Span
-
-BLOCK_BYTES = device_digest.BLOCK_BYTES
 
 Progress = Callable[[int], None]
 """Called in the caller's thread with the number of bytes that were digested since the last call."""
@@ -38,10 +38,10 @@ def digest_span(memory: AddressSpace, span: Span) -> bytes:
     """
     segments = memory.slices(span)
     devices = {segment.device for segment in segments}
-    if devices <= {"cpu"}:
+    if devices <= {_HOST}:
         return _host(segments)
     if len(devices) == 1:
-        return device_digest.digest_leaves([segments])
+        return device_digest.digest_spans(memory, [span])
     return digest_bytes(b"".join(_fetched(segment) for segment in segments))
 
 
@@ -76,31 +76,40 @@ def digest_leaves(
 _HOST_GROUP = 8
 """Leaves a thread takes at a time: enough that handing them out costs nothing."""
 
-_Group = tuple[AddressSpace, Sequence[Leaf], bool]
+_HOST = "cpu"
+_MIXED = "several devices"
+_Group = tuple[AddressSpace, Sequence[Leaf], str]
 
 
 def _groups(memory: AddressSpace, leaves: Sequence[Leaf]) -> Iterator[_Group]:
-    """Leaves that are digested in one go, and whether on one device: few on the host, many on a device."""
-    at = 0
-    while at < len(leaves):
-        end, device = at + 1, _device(memory, leaves[at])
-        limit = _HOST_GROUP if device is None else device_digest.batch_leaves(device)
-        while end < len(leaves) and end - at < limit and _device(memory, leaves[end]) == device:
-            end += 1
-        yield memory, leaves[at:end], device is not None
-        at = end
+    """Leaves that are digested in one go, and where they lie: few on the host, many on a device."""
+    home = _device(memory, leaves)
+    if home != _MIXED:
+        yield from _batches(memory, leaves, home)
+        return
+    for device, run in itertools.groupby(leaves, lambda leaf: _device(memory, [leaf])):
+        yield from _batches(memory, list(run), device)
 
 
-def _device(memory: AddressSpace, leaf: Leaf) -> str | None:
-    devices = {segment.device for segment in memory.slices(leaf.span)}
-    return devices.pop() if len(devices) == 1 and devices != {"cpu"} else None
+def _batches(memory: AddressSpace, leaves: Sequence[Leaf], device: str) -> Iterator[_Group]:
+    step = _HOST_GROUP if device in {_HOST, _MIXED} else device_digest.batch_leaves(device)
+    return ((memory, leaves[at : at + step], device) for at in range(0, len(leaves), step))
+
+
+def _device(memory: AddressSpace, leaves: Sequence[Leaf]) -> str:
+    """Where all memory from the first to the last byte of ``leaves`` lies."""
+    if not leaves:
+        return _HOST
+    begin, end = min(leaf.span.offset for leaf in leaves), max(leaf.span.end for leaf in leaves)
+    devices = {segment.device for segment in memory.slices(Span(begin, end - begin))}
+    return _MIXED if len(devices) > 1 else next(iter(devices), _HOST)
 
 
 def _group_digests(group: _Group) -> bytes:
-    memory, leaves, on_device = group
-    if on_device:
-        return device_digest.digest_leaves([memory.slices(leaf.span) for leaf in leaves])
-    return b"".join(digest_span(memory, leaf.span) for leaf in leaves)
+    memory, leaves, device = group
+    if device in {_HOST, _MIXED}:
+        return b"".join(digest_span(memory, leaf.span) for leaf in leaves)
+    return device_digest.digest_spans(memory, [leaf.span for leaf in leaves])
 
 
 def _reported(results: Iterator[bytes], groups: Sequence[_Group], progress: Progress | None) -> Iterator[bytes]:
