@@ -31,6 +31,9 @@ LOAD_S = 90.0
 PROMPTS = [[3, 14, 15, 92, 65], [35, 8, 9]]
 TOKENS = 6
 
+SLOW = {"throttle_s": 0.1}
+"""Faults of a source that takes about two seconds for ``BIG``."""
+
 # 39 leaves: enough to be in the middle of
 BIG: dict[str, Any] = {
     "hidden_size": 512,
@@ -184,7 +187,7 @@ class Fleet:
         watch = Watch()
         watch.replica = Replica(
             ReplicaOptions(model=str(checkpoint), model_id=model_id, **given),
-            self._environment() | {"RANK_FAULTS": json.dumps(faults or {})} | (env or {}),
+            self.environment() | {"RANK_FAULTS": json.dumps(faults or {})} | (env or {}),
             watch.hear,
             (sys.executable, "-S", "-E", str(HERE / "engine_zygote.py"), str(self.zygote)),
         )
@@ -222,7 +225,8 @@ class Fleet:
         for watch in self.watches:
             watch.kill()
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """Of every rank."""
         return {
             "WEIGHTWIRE_URL": self.url,
             "WEIGHTWIRE_SECRET_FILE": str(self.secret_file),
