@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import nn
 
 from weightwire.runtime.config import KernelLayout
 from weightwire.runtime.layers.context import LayerContext
-from weightwire.runtime.layers.linear import Linear, OutPart, TensorParallelMode, WeightMode
+from weightwire.runtime.layers.linear import Linear, OutPart, TensorParallelMode, WeightMode, multiply
 from weightwire.runtime.layers.shards import new_parameter
 
 TransformEffect = Literal["in_place", "replaces"]
@@ -138,4 +137,4 @@ class GateUpLinear(PackedLinear):
         """(..., in) to (..., local gate + local up)."""
         if not self.weights_are_packed:
             return super().forward(x)
-        return F.linear(x, self.weight.t(), self.bias)
+        return multiply(x, self.weight.t(), self.bias)
