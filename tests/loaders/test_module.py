@@ -81,7 +81,7 @@ def test_h57_another_revision_is_not_taken(publish: Publish, settings: Settings)
 
 def test_h57_an_unnamed_revision_is_taken_only_on_demand(publish: Publish, settings: Settings) -> None:
     publish(revision="r1").line()
-    with pytest.raises(NoSourceError, match="no revision or weights id was asked for"):
+    with pytest.raises(NoSourceError, match="names no revision"):
         weightwire.receive(poisoned(), identity(None), settings=settings)
     report = weightwire.receive(poisoned(), identity(None), settings=replace(settings, accept_unpinned=True))
     assert report.unpinned

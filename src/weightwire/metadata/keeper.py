@@ -145,7 +145,7 @@ class Keeper:
                 self._stream()
             except WeightwireError as error:
                 self._say(pause, "the stream to the metadata server broke: %s; trying again", error)
-            except Exception:
+            except Exception:  # the thread's edge: a bug here must not end the leases without a word
                 logger.exception("the keep thread met a bug; trying again")
             self.connected.clear()
             pause = RETRY_S if time.monotonic() - began > MAX_RETRY_S else min(pause * 2, MAX_RETRY_S)
@@ -206,7 +206,7 @@ class Keeper:
                 self._stale.set()
                 self._closed.wait(pause)
                 pause = min(pause * 2, MAX_RETRY_S)
-            except Exception:
+            except Exception:  # the thread's edge, as above
                 logger.exception("the publishing thread met a bug; going on at the next beat")
 
     def _publish_one(self, kept: _Kept) -> None:
@@ -230,7 +230,7 @@ class Keeper:
             owner, recheck = item
             try:
                 ok = owner.recheck(recheck.leaf)
-            except Exception:
+            except Exception:  # whatever an owner raises: the thread serves the other owners too
                 logger.exception("leaf %d could not be digested again", recheck.leaf)
                 continue
             self._results.put(CheckResult(lease_id=recheck.lease_id, leaf=recheck.leaf, ok=ok))

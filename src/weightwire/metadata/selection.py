@@ -123,7 +123,7 @@ class Unpinned:
 
     def describe(self) -> str:
         """One line that names it."""
-        return f"the only weights ready are {_name(self.group)}, and no revision or weights id was asked for"
+        return f"the only weights ready are {_name(self.group)}, and this replica names no revision and no weights id"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from weightwire.errors import (
     AuthError,
@@ -18,6 +20,7 @@ from weightwire.errors import (
     WeightsConflict,
     WeightwireError,
 )
+from weightwire.identity.identity import Identity
 from weightwire.manifest.records import Manifest
 from weightwire.metadata.decision import Group
 from weightwire.metadata.selection import Chosen, Conflict, Nothing, Outcome, Policy, Unpinned, Warming, choose
@@ -116,7 +119,7 @@ class Discovery:
                 group = outcome.group
                 return Choice(stage=group.stage, replica_key=group.replica_key, weights_id=group.weights_id)
             if time.monotonic() >= until or not self._patient(outcome):
-                raise _error(outcome)
+                raise _error(outcome, self.want.identity)
             time.sleep(POLL_S)
 
     @property
@@ -180,7 +183,7 @@ def give_up(group: Group, error: WeightwireError) -> None:
     group.refuse("plan", error.problem)
 
 
-def _error(outcome: Outcome) -> WeightwireError:
+def _error(outcome: Outcome, wanted: Identity) -> WeightwireError:
     match outcome:
         case Conflict():
             return WeightsConflict(outcome.describe(), "pin one by its weights id or revision, or ask for the latest")
@@ -189,9 +192,30 @@ def _error(outcome: Outcome) -> WeightwireError:
         case Warming():
             return NoSourceError("the metadata server has just started and may not know all sources", "ask again soon")
         case Nothing():
-            return NoSourceError(f"no source: {outcome.describe()}", "start one, or see: weightwire sources")
+            differing = _differing(outcome, wanted)
+            return NoSourceError(f"no source: {outcome.describe()}{differing}", "start one, or see: weightwire sources")
         case _:
             raise AssertionError(outcome)
+
+
+def _differing(outcome: Nothing, wanted: Identity) -> str:
+    """In which fields the first replica of this model that exists otherwise differs from what is wanted."""
+    for other in outcome.others:
+        try:
+            theirs = json.loads(other.identity)
+        except ValueError:  # not from us: nothing is trusted, and nothing is said
+            continue
+        if isinstance(theirs, dict):
+            ours, theirs = _flat(json.loads(wanted.canonical_json())), _flat(theirs)
+            keys = [key for key in ours if ours[key] != theirs.get(key)]
+            said = ", ".join(f"{key} {str(ours[key])[:32]} here, {str(theirs.get(key))[:32]} there" for key in keys[:3])
+            return f" ({said})" if said else ""
+    return ""
+
+
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    sizes = fields.get("sizes")
+    return fields | (sizes if isinstance(sizes, dict) else {}) | {"sizes": None}
 
 
 def _miss(error: WeightwireError) -> dict[str, Json]:
