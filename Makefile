@@ -36,9 +36,9 @@ $(STAMP): pyproject.toml Makefile
 demo: $(STAMP)
 	@$(BIN)/weightwire demo
 
-# One thread a process: ranks are many, cores are few.
+# One thread a process: ranks are many, cores are few. Two files at a time: much of it is processes that start.
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 # `make -k check` goes on after a part that fails.
 check: lint types layers generated
