@@ -78,6 +78,4 @@ def _open(name: str, settings: Settings, secret: Secret, gates: Gates | None, wh
         return InprocTransport(gate)
     from weightwire.transport.nixl import NixlTransport  # noqa: PLC0415  (an optional, heavy package)
 
-    return NixlTransport(
-        secret, gate, require_rdma=settings.require_rdma, untrusted_readers=settings.untrusted_readers
-    )
+    return NixlTransport(secret, gate, require_rdma=settings.require_rdma, untrusted_readers=settings.untrusted_readers)
