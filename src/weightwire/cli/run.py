@@ -62,34 +62,39 @@ class Layout(enum.StrEnum):
     PACKED = "packed"
 
 
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="Checkpoint directory; config and tokenizer are enough where a peer has the weights.",
+        show_default=False,
+    ),
+]
+FormatOption = Annotated[
+    Format,
+    typer.Option(
+        "--load-format",
+        help="auto: from the disk. presharded: from a running replica, else from the disk. dummy: random numbers.",
+    ),
+]
+ModelIdOption = Annotated[
+    str,
+    typer.Option(
+        "--model-id",
+        metavar="ID",
+        help="What source and target both call the model. Left out: the name of the directory MODEL.",
+        show_default=False,
+    ),
+]
+
+
 def run(
     *,
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL",
-            help="Checkpoint directory; config and tokenizer are enough where a peer has the weights.",
-            show_default=False,
-        ),
-    ],
+    model: ModelArgument,
     tp: Annotated[int, typer.Option("--tp", metavar="N", min=1, max=MAX_TP, help="Tensor-parallel ranks.")] = 1,
-    load_format: Annotated[
-        Format,
-        typer.Option(
-            "--load-format",
-            help="auto: from the disk. presharded: from a running replica, else from the disk. dummy: random numbers.",
-        ),
-    ] = Format.AUTO,
+    load_format: FormatOption = Format.AUTO,
     url: UrlOption = None,
-    model_id: Annotated[
-        str,
-        typer.Option(
-            "--model-id",
-            metavar="ID",
-            help="What source and target both call the model. Left out: the name of the directory MODEL.",
-            show_default=False,
-        ),
-    ] = "",
+    model_id: ModelIdOption = "",
     revision: Annotated[
         str,
         typer.Option(
