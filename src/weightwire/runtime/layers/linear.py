@@ -61,19 +61,21 @@ class LinearMethod(Protocol):
         """As ``Loadable.load_weights``."""
 
     def apply(self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``x`` of shape (..., in) times the weight, plus ``bias``: shape (..., local out)."""
+        """``x`` of shape (..., in) times the weight, plus ``bias``: shape (..., local out).
+
+        The dtype is that of ``x``, or wider where the product is: the layer rounds it, once, when all of it is there.
+        """
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``x @ weight.T + bias`` in the dtype of ``x``, rounded once.
+    """``x @ weight.T + bias``; half precision on a CPU gives float32.
 
-    Half precision is computed in float32 on a CPU: without units of its own for it, torch's loop took ten times as long
-    (280 tokens, 576 x 1536, AVX2), the conversion included.
+    A CPU without units of its own for half precision takes ten times as long in torch's loop for it (280 tokens,
+    576 x 1536, AVX2) as with the conversion to float32 and back.
     """
     if x.device.type != "cpu" or x.dtype is torch.float32:
         return F.linear(x, weight, bias)
-    wide = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    return wide.to(x.dtype)
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
 class UnquantizedLinearMethod:
@@ -188,7 +190,7 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., local in) to (..., local out); under ``ROW`` the sum over all ranks, on every rank."""
         if self.mode is not TensorParallelMode.ROW:
-            return self.method.apply(self, x, self.bias)
+            return self.method.apply(self, x, self.bias).to(x.dtype)
         # the sum would count the bias once for every rank
         bias = self.bias if self.context.tp.rank == 0 else None
-        return self.context.group.all_reduce(self.method.apply(self, x, bias))
+        return self.context.group.all_reduce(self.method.apply(self, x, bias)).to(x.dtype)

@@ -137,4 +137,4 @@ class GateUpLinear(PackedLinear):
         """(..., in) to (..., local gate + local up)."""
         if not self.weights_are_packed:
             return super().forward(x)
-        return multiply(x, self.weight.t(), self.bias)
+        return multiply(x, self.weight.t(), self.bias).to(x.dtype)
