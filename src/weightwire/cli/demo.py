@@ -45,7 +45,7 @@ class _Story:
     def tell(self, what: RenderableType = "") -> None:
         """To people; text is taken as markup."""
         if self.console is not None:
-            self.console.print(what)
+            self.console.print(what, soft_wrap=isinstance(what, str))
 
     @property
     def names(self) -> dict[str, str]:
@@ -97,7 +97,9 @@ def demo(
 def _play(stage: Stage, tp: int, story: _Story) -> Model:
     model = stage.build()
     ranks = f"{tp} ranks each" if tp > 1 else "one rank each"
-    story.tell(f"[bold]model[/bold]    {escape(model.model_id)}, bf16, in {escape(str(model.path))}")
+    story.tell(
+        f"[bold]model[/bold]    {escape(model.model_id)}, bf16 safetensors in\n         {escape(str(model.path))}"
+    )
     story.tell(f"[bold]server[/bold]   metadata server at {stage.serve()}; replicas of {ranks}:")
     first, second = _load(stage, model, story, "first"), _load(stage, model, story, "second")
     story.tell()

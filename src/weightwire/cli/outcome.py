@@ -132,7 +132,7 @@ class Outcome:
         return _once(name for rank in self.ranks for name in (rank["published"] or {}).get("transports", ()))
 
     def taken(self, names: Mapping[str, str] | None = None) -> dict[tuple[str, str], int]:
-        """(peer, path) -> bytes it gave to all ranks together.
+        """(peer, path) -> bytes it gave to all ranks together, in order of the peers' names.
 
         Args:
             names: of peers' labels, to put several ranks of one replica together.
@@ -141,7 +141,7 @@ class Outcome:
         for share in _shares(self.reports):
             key = ((names or {}).get(share["peer"], share["peer"]), share["path"])
             found[key] = found.get(key, 0) + share["nbytes"]
-        return found
+        return dict(sorted(found.items()))
 
     def to_json(self) -> dict[str, Any]:
         """What is shown, and what each rank told."""

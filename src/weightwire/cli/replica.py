@@ -57,7 +57,7 @@ class ReplicaProcess(Child):
         self._began = time.monotonic()
         self._bars = bars
         for rank in range(int(options.get("tp", 1))):
-            bars.show(f"rank {rank}", f"rank {rank}  starting", 0, 0, "bytes")
+            bars.show(f"rank {rank}", _label(rank, "starting"), 0, 0, "bytes")
         super().__init__(name, [MODULE, json.dumps(dict(options))], log=log, environ=environ, heard=self._moved)
 
     def ready(self, found: Settings) -> Outcome:
@@ -85,8 +85,12 @@ class ReplicaProcess(Child):
         return [Answer(each["text"], tuple(each["tokens"])) for each in event["answers"]]
 
     def _moved(self, event: Event) -> None:
-        rank = f"rank {event['rank']}"
-        self._bars.show(rank, f"{rank}  {event['phase']}", event["done"], event["total"], event["unit"])
+        rank, phase = int(event["rank"]), str(event["phase"])
+        self._bars.show(f"rank {rank}", _label(rank, phase), event["done"], event["total"], event["unit"])
+
+
+def _label(rank: int, phase: str) -> str:
+    return f"rank {rank:<2} {phase:<16}"  # of one width, so that the bars do not jump
 
 
 class Logs:
