@@ -82,6 +82,11 @@ class Watch:
         assert found is not None, [event for event in self.events if event["event"] != "progress"]
         return found
 
+    def count(self, name: str) -> int:
+        """How many events of that name there were."""
+        with self._news:
+            return sum(event["event"] == name for event in self.events)
+
     def said(self, name: str, timeout: float = LOAD_S) -> Event:
         return self.wait_for(lambda event: event["event"] == name, timeout)
 

@@ -294,6 +294,7 @@ def _throttle(rank: Watched) -> None:
 
     def admit(lease: bytes, span: Span, transport: str) -> Any:
         if rank.throttle_s:
+            emit("serving")
             time.sleep(rank.throttle_s)
         return inner(lease, span, transport)
 

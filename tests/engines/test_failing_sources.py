@@ -20,11 +20,16 @@ class Two:
     tokens: list[list[int]]
     digest: list[list[str]]
 
-    def both_read(self) -> None:
-        """Wait until a target reads from both of them."""
+    def chunks(self) -> list[int]:
+        """How many each of them was asked for."""
+        return [watch.count("serving") for watch in (self.first, self.second)]
+
+    def both_read(self, before: list[int]) -> None:
+        """Wait until a target waits for chunks of both of them."""
         until = time.monotonic() + 30
-        while not all(watch.ask("readers", "readers")[0]["count"] for watch in (self.first, self.second)):
+        while not all(now > then for now, then in zip(self.chunks(), before, strict=True)):
             assert time.monotonic() < until
+            time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +43,9 @@ def two(crew: Fleet, checkpoints: dict[str, Path]) -> Two:
 def test_h27_a_frozen_source_is_given_up_and_the_rest_comes_from_another(
     two: Two, fleet: Fleet, checkpoints: dict[str, Path]
 ) -> None:
+    before = two.chunks()
     target = fleet.target(bare(checkpoints["big"]), "two", env={"WEIGHTWIRE_STALL_TIMEOUT": "2"})
-    two.both_read()
+    two.both_read(before)
     two.first.signal(signal.SIGSTOP)
     try:
         report = target.report()
@@ -58,8 +64,9 @@ def test_h27_a_frozen_source_is_given_up_and_the_rest_comes_from_another(
 def test_h26_a_killed_source_is_replaced_for_what_is_missing_alone(
     two: Two, fleet: Fleet, checkpoints: dict[str, Path]
 ) -> None:
+    before = two.chunks()
     target = fleet.target(bare(checkpoints["big"]), "two")
-    two.both_read()
+    two.both_read(before)
     two.first.signal(signal.SIGKILL)
     report = target.report()
     assert report["source"] == "peer"

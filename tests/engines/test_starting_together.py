@@ -25,7 +25,9 @@ def test_h24_the_first_replica_waits_for_nobody(fleet: Fleet, checkpoints: dict[
 
 def test_h25_replicas_that_start_together_end_equal(fleet: Fleet, checkpoints: dict[str, Path]) -> None:
     began = time.monotonic()
-    pair = [fleet.start(checkpoints["small"], "together", tp=2) for _ in range(2)]
+    # each has announced itself when the other one asks
+    late = {"step": "ask", "kind": "late", "rank": 0, "late_s": 1.0}
+    pair = [fleet.start(checkpoints["small"], "together", tp=2, faults=late) for _ in range(2)]
     loads = [watch.loaded(60) for watch in pair]
     ways = sorted("+".join(event["report"]["source"] for event in load) for load in loads)
     assert time.monotonic() - began < 20  # less than they would wait for one another
