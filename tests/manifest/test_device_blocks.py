@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -60,6 +61,19 @@ def test_h62_spans_of_any_order_and_overlap_have_their_digests(
     expected = b"".join(reference_digest(data[span.offset : span.end]) for span in inside)
     assert device_digest.digest_spans(memory, inside) == expected
     assert device_digest.digest_leaves([memory.slices(span) for span in inside]) == expected
+
+
+@settings(deadline=None, max_examples=20)
+@given(cuts=cuts_of, gap=st.integers(0, 40), at=st.integers(0, 9), count=st.integers(0, 9))
+def test_runs_of_spans_have_the_digests_that_they_have_alone(cuts: list[int], gap: int, at: int, count: int) -> None:
+    sizes = [BLOCK, 3, 2 * BLOCK + 7, 0, 40_000, 1, BLOCK, 9, 0, 5]
+    data, memory, spans = made(cuts, list(zip(itertools.accumulate([0, *sizes[:-1]]), sizes, strict=True)), gap)
+    found = device_digest.SpanDigests(memory, spans).of(at, min(at + count, len(spans)))
+    expected = [reference_digest(data[span.offset : span.end]) for span in spans[at : at + count]]
+    assert found == b"".join(expected)
+    leaves = [Leaf(span, TensorClass.WEIGHT) for span in spans]
+    digests = digest.LeafDigests(memory, leaves)
+    assert digests.of(range(at, min(at + count, len(spans)))) == found
 
 
 def test_pieces_that_follow_each_other_are_copied_at_once() -> None:

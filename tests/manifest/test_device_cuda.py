@@ -17,7 +17,7 @@ from weightwire.manifest import device_digest, device_kernel
 from weightwire.manifest.address import AddressSpace, Segment
 from weightwire.manifest.catalogue import capture, catalogue
 from weightwire.manifest.device_memory import tensor_at
-from weightwire.manifest.digest import digest_leaves, digest_span
+from weightwire.manifest.digest import LeafDigests, digest_leaves, digest_span
 from weightwire.manifest.leaves import LEAF_BYTES
 from weightwire.manifest.plan import plan
 from weightwire.manifest.records import Leaf
@@ -59,7 +59,7 @@ def test_kernel_and_tensor_operations_are_xxh64_for_every_short_length() -> None
     kernel = device_kernel.kernel_on("cuda:0")
     assert kernel is not None
     compiled = torch.empty(200, dtype=torch.int64, device="cuda")
-    kernel.hash(stage.data_ptr() + np.arange(200) * 224, np.array(lengths), compiled)
+    kernel.hash(kernel.table(np.stack((stage.data_ptr() + np.arange(200) * 224, lengths))), compiled)
     assert torch.equal(compiled, device_digest.block_hashes(stage, lengths))
     assert [value % (1 << 64) for value in compiled.tolist()] == [xxhash.xxh64_intdigest(data[:n]) for n in lengths]
 
@@ -70,7 +70,7 @@ def test_the_shape_of_the_stage_does_not_enter(row: int, stages: int) -> None:
     data = torch.randint(0, 256, (37 * BLOCK,), dtype=torch.uint8, device="cuda")
     nbytes = np.array([BLOCK - 31 * (at % 3) for at in range(37)])
     found = torch.empty(37, dtype=torch.int64, device="cuda")
-    kernel.hash(data.data_ptr() + np.arange(37) * BLOCK, nbytes, found)
+    kernel.hash(kernel.table(np.stack((data.data_ptr() + np.arange(37) * BLOCK, nbytes))), found)
     host = data.cpu().numpy().tobytes()
     expected = [xxhash.xxh64_intdigest(host[at * BLOCK : at * BLOCK + n]) for at, n in enumerate(nbytes.tolist())]
     assert [value % (1 << 64) for value in found.tolist()] == expected
@@ -95,6 +95,9 @@ def test_odd_addresses_and_small_tensors_have_the_digests_of_the_host(shift: int
         for at in range(0, here.span.nbytes, LEAF_BYTES)
     ]
     assert digest_leaves(there, leaves) == digest_leaves(here, leaves)
+    runs = LeafDigests(there, leaves)
+    assert runs.of(range(len(leaves))) == digest_leaves(here, leaves)
+    assert runs.of(range(1, 2)) == digest_leaves(here, leaves[1:2])
 
 
 def test_threads_digest_beside_each_other_and_after_what_is_queued() -> None:

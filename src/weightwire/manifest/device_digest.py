@@ -52,24 +52,59 @@ def batch_leaves(device: str) -> int:
     return CPU_BATCH_BYTES // LEAF_BYTES if device == "cpu" else DEVICE_LEAVES
 
 
-def digest_spans(memory: AddressSpace, spans: Sequence[Span]) -> bytes:
-    """Digests of ``spans``, each of them a leaf's, one after the other.
-
-    Device memory is read on a stream of its own that waits for the current one first; the values are on the host when
-    this returns.
+class SpanDigests:
+    """Digests of spans on one device, asked for in runs. The tables are made once; safe to use from several threads.
 
     Args:
-        memory: whose bytes of these spans all lie on one device.
-        spans: at most ``batch_leaves`` of them.
+        memory: whose bytes of all ``spans`` lie on one device; kept alive by the caller.
+        spans: each of them a leaf's, in any order.
 
     Raises:
         IndexError: a span is not inside ``memory``.
     """
-    filled = [span for span in spans if span.nbytes]
-    if not filled:
-        return _combined(np.zeros(0, dtype=np.int64), np.zeros(len(spans), dtype=np.int64))
-    begin, end = min(span.offset for span in filled), max(span.end for span in filled)
-    return _digests(memory.slices(Span(begin, end - begin)), spans)
+
+    def __init__(self, memory: AddressSpace, spans: Sequence[Span]) -> None:
+        self._prepare(memory.slices(_hull(spans)), spans)
+
+    def _prepare(self, segments: Sequence[Segment], spans: Sequence[Span]) -> None:
+        self._device = segments[0].device if segments else "cpu"
+        self._blocks = blocks = Blocks(segments, spans)
+        self._ends = np.concatenate(([0], np.cumsum(blocks.counts)))
+        self._split = np.flatnonzero(~blocks.whole)
+        self._kernel = device_kernel.kernel_on(self._device)
+        if self._kernel is not None:  # blocks of several pieces have no bytes here: they are gathered
+            self._table = self._kernel.table(np.where(blocks.whole, (blocks.address, blocks.nbytes), 0))
+
+    def of(self, first: int, end: int) -> bytes:
+        """Digests of the spans numbered ``first`` to ``end``, one after the other.
+
+        Memory is read on a stream of its own that waits for the current one first; done when this returns.
+        """
+        begin, stop = int(self._ends[first]), int(self._ends[end])
+        if begin == stop:
+            values = np.zeros(0, dtype=np.int64)
+        elif self._kernel is None:
+            values = _by_tensor_operations(self._blocks, np.arange(begin, stop), self._device)
+        else:
+            values = self._by_kernel(self._kernel, begin, stop)
+        return _combined(values, self._blocks.counts[first:end])
+
+    def _by_kernel(self, kernel: Kernel, begin: int, stop: int) -> Column:
+        near = np.searchsorted(self._split, (begin, stop))
+        split = self._split[near[0] : near[1]]
+        with _own_stream(self._device):
+            out = torch.empty(stop - begin, dtype=torch.int64, device=self._device)
+            kernel.hash(self._table[:, begin:stop], out)
+            parts = [_gathered_by_kernel(self._blocks, rows, kernel) for rows in _batches(split, DEVICE_BATCH_BYTES)]
+            values: Column = out.cpu().numpy()
+        if parts:
+            values[split - begin] = np.concatenate(parts)
+        return values
+
+
+def digest_spans(memory: AddressSpace, spans: Sequence[Span]) -> bytes:
+    """Digests of ``spans``, one after the other; see :class:`SpanDigests`. At most ``batch_leaves`` of them."""
+    return SpanDigests(memory, spans).of(0, len(spans))
 
 
 def digest_leaves(leaves: Sequence[Sequence[Segment]]) -> bytes:
@@ -83,17 +118,13 @@ def digest_leaves(leaves: Sequence[Sequence[Segment]]) -> bytes:
             segments.append(Segment(offset, segment.address, segment.nbytes, segment.device))
             offset += segment.nbytes
         spans.append(Span(begin, offset - begin))
-    return _digests(segments, spans)
+    return digest_spans(AddressSpace(segments, (), None), spans)
 
 
-def _digests(segments: Sequence[Segment], spans: Sequence[Span]) -> bytes:
-    blocks = Blocks(segments, spans)
-    if not len(blocks):
-        return _combined(np.zeros(0, dtype=np.int64), blocks.counts)
-    device = segments[0].device
-    kernel = device_kernel.kernel_on(device)
-    values = _by_tensor_operations(blocks, device) if kernel is None else _by_kernel(blocks, device, kernel)
-    return _combined(values, blocks.counts)
+def _hull(spans: Sequence[Span]) -> Span:
+    filled = [span for span in spans if span.nbytes]
+    begin = min((span.offset for span in filled), default=0)
+    return Span(begin, max((span.end for span in filled), default=0) - begin)
 
 
 def _combined(values: Column, counts: Column) -> bytes:
@@ -103,25 +134,16 @@ def _combined(values: Column, counts: Column) -> bytes:
     return b"".join(xxhash.xxh3_128_digest(data[begin:end]) for begin, end in bounds)
 
 
-def _by_kernel(blocks: Blocks, device: str, kernel: Kernel) -> Column:
-    whole, split = np.flatnonzero(blocks.whole), np.flatnonzero(~blocks.whole)
-    with _own_stream(device):
-        out = torch.empty(len(blocks), dtype=torch.int64, device=device)
-        kernel.hash(blocks.address[whole], blocks.nbytes[whole], out[: len(whole)])
-        done = len(whole)
-        for rows in _batches(split, DEVICE_BATCH_BYTES):
-            _gathered_by_kernel(blocks, rows, kernel, out[done : done + len(rows)])
-            done += len(rows)
-        values = np.empty(len(blocks), dtype=np.int64)
-        values[np.concatenate((whole, split))] = out.cpu().numpy()
-    return values
-
-
-def _gathered_by_kernel(blocks: Blocks, rows: Column, kernel: Kernel, out: torch.Tensor) -> None:
-    stage = torch.empty(len(rows) * BLOCK_BYTES, dtype=torch.uint8, device=out.device)
+def _gathered_by_kernel(blocks: Blocks, rows: Column, kernel: Kernel) -> Column:
+    stage = torch.empty(len(rows) * BLOCK_BYTES, dtype=torch.uint8, device=kernel.device)
+    out = torch.empty(len(rows), dtype=torch.int64, device=kernel.device)
     pieces = blocks.pieces(rows)
-    kernel.gather(pieces.address, stage.data_ptr() + pieces.row * BLOCK_BYTES + pieces.at, pieces.nbytes)
-    kernel.hash(stage.data_ptr() + np.arange(len(rows)) * BLOCK_BYTES, blocks.nbytes[rows], out)
+    to = stage.data_ptr() + pieces.row * BLOCK_BYTES + pieces.at
+    kernel.gather(kernel.table(np.stack((pieces.address, to, pieces.nbytes))))
+    home = stage.data_ptr() + np.arange(len(rows)) * BLOCK_BYTES
+    kernel.hash(kernel.table(np.stack((home, blocks.nbytes[rows]))), out)
+    values: Column = out.cpu().numpy()
+    return values
 
 
 @contextlib.contextmanager
@@ -129,16 +151,16 @@ def _own_stream(device: str) -> Iterator[None]:
     """Digests asked for by several threads run beside each other, and not behind what else the process computes."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.device(device), torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):
         yield
 
 
-def _by_tensor_operations(blocks: Blocks, device: str) -> Column:
-    values = np.empty(len(blocks), dtype=np.int64)
-    order = np.argsort(-blocks.nbytes, kind="stable")  # longest first; full ones stay in logical order
-    for rows in _batches(order, CPU_BATCH_BYTES if device == "cpu" else DEVICE_BATCH_BYTES):
-        stage = _gathered(blocks.pieces(rows), len(rows), device)
-        values[rows] = block_hashes(stage, blocks.nbytes[rows].tolist()).cpu().numpy()
+def _by_tensor_operations(blocks: Blocks, rows: Column, device: str) -> Column:
+    values = np.empty(len(rows), dtype=np.int64)
+    order = np.argsort(-blocks.nbytes[rows], kind="stable")  # longest first; full ones stay in logical order
+    for part in _batches(order, CPU_BATCH_BYTES if device == "cpu" else DEVICE_BATCH_BYTES):
+        stage = _gathered(blocks.pieces(rows[part]), len(part), device)
+        values[part] = block_hashes(stage, blocks.nbytes[rows[part]].tolist()).cpu().numpy()
         del stage  # before the next one is made
     return values
 

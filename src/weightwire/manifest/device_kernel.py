@@ -148,7 +148,10 @@ extern "C" __global__ void __launch_bounds__(256) gather(const u64* from, const 
 
 
 class Kernel:
-    """Both kernels, on one device. Safe to use from several threads.
+    """Both kernels, on one device. Safe to use from several threads, which have used the device before.
+
+    Attributes:
+        device: the device.
 
     Args:
         index: of the CUDA device.
@@ -161,35 +164,42 @@ class Kernel:
     """
 
     def __init__(self, index: int, row: int = ROW, stages: int = STAGES) -> None:
-        self._device = torch.device("cuda", index)
+        self.device = torch.device("cuda", index)
         self._module = Module(SOURCE, ("--std=c++17", f"-DROW={row}", f"-DSTAGES={stages}"), index)
         self._hash = self._module.function("xxh64_blocks")
         self._gather = self._module.function("gather")
 
-    def hash(self, address: Column, nbytes: Column, out: torch.Tensor) -> None:
+    def table(self, columns: Column) -> torch.Tensor:
+        """``columns`` (rows of equal length) on the device, made on the current stream."""
+        return torch.from_numpy(columns).to(self.device)
+
+    def hash(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         """Queue XXH64 (seed 0) of blocks, as ``int64`` bit patterns, on the current stream.
 
         Args:
-            address: of each block, on this device, a multiple of 16.
-            nbytes: of each block, 1 to ``BLOCK_BYTES``.
+            blocks: a ``table`` of two rows, or a part of one: the address of each block on this device, a multiple of
+                16, and its length, 1 to ``BLOCK_BYTES``. A length of 0 reads nothing and gives a meaningless value.
             out: shape ``(blocks,)``, ``int64``, contiguous, on this device.
         """
-        table = self._table(address, nbytes)
-        count = len(address)
-        if count:
-            arguments = (table[0].data_ptr(), table[1].data_ptr(), out.data_ptr(), count)
-            self._module.launch(self._hash, -(-count // WARP_BLOCKS), THREADS, *map(ctypes.c_uint64, arguments))
+        count = blocks.shape[1]
+        self._launch(self._hash, -(-count // WARP_BLOCKS), THREADS, *_rows(blocks), out.data_ptr(), count)
 
-    def gather(self, source: Column, target: Column, nbytes: Column) -> None:
-        """Queue copies between addresses of this device, each at most ``BLOCK_BYTES`` long, on the current stream."""
-        table = self._table(source, target, nbytes)
-        if len(source):
-            arguments = (row.data_ptr() for row in table)
-            self._module.launch(self._gather, len(source), GATHER_THREADS, *map(ctypes.c_uint64, arguments))
+    def gather(self, copies: torch.Tensor) -> None:
+        """Queue copies, each at most ``BLOCK_BYTES`` long, on the current stream.
 
-    def _table(self, *columns: Column) -> torch.Tensor:
-        """On the device, from this thread, which thereby has the device's context."""
-        return torch.from_numpy(np.stack(columns)).to(self._device)
+        Args:
+            copies: a ``table`` of three rows: from, to, length; addresses of this device.
+        """
+        self._launch(self._gather, copies.shape[1], GATHER_THREADS, *_rows(copies))
+
+    def _launch(self, function: ctypes.c_void_p, blocks: int, threads: int, *arguments: int) -> None:
+        with torch.cuda.device(self.device):
+            self._module.launch(function, blocks, threads, *map(ctypes.c_uint64, arguments))
+
+
+def _rows(table: torch.Tensor) -> list[int]:
+    """The address of each row."""
+    return [table.data_ptr() + row * table.stride(0) * table.itemsize for row in range(table.shape[0])]
 
 
 _lock = threading.Lock()
@@ -229,8 +239,8 @@ def _wrong(kernel: Kernel, device: torch.device) -> str:
     found = torch.zeros(len(_CHECKED), dtype=torch.int64, device=device)
     nbytes = np.array(_CHECKED, dtype=np.int64)
     offsets = np.arange(len(_CHECKED), dtype=np.int64) * BLOCK_BYTES
-    kernel.gather(scattered.data_ptr() + offsets, rows.data_ptr() + offsets, nbytes)
-    kernel.hash(rows.data_ptr() + offsets, nbytes, found)
+    kernel.gather(kernel.table(np.stack((scattered.data_ptr() + offsets, rows.data_ptr() + offsets, nbytes))))
+    kernel.hash(kernel.table(np.stack((rows.data_ptr() + offsets, nbytes))), found)
     pairs = zip(found.tolist(), data, _CHECKED, strict=True)
     if all(value % (1 << 64) == xxhash.xxh64_intdigest(row[:n].tobytes()) for value, row, n in pairs):
         return ""

@@ -19,6 +19,7 @@ import xxhash
 from weightwire.manifest import device_digest
 from weightwire.manifest.address import AddressSpace, Segment
 from weightwire.manifest.device_blocks import BLOCK_BYTES
+from weightwire.manifest.device_digest import SpanDigests
 from weightwire.manifest.device_memory import tensor_at
 from weightwire.manifest.memory import view
 from weightwire.manifest.records import Leaf
@@ -71,6 +72,31 @@ def digest_leaves(
         return b"".join(_reported(map(_group_digests, groups), groups, progress))
     with ThreadPoolExecutor(threads, thread_name_prefix="digest") as pool:
         return b"".join(_reported(pool.map(_group_digests, groups), groups, progress))
+
+
+class LeafDigests:
+    """Digests of runs of neighbouring leaves, asked for again and again. Safe to use from several threads.
+
+    Args:
+        memory: where the bytes are; kept alive by the caller.
+        leaves: of the whole shard.
+
+    Raises:
+        IndexError: a leaf is not inside ``memory``.
+    """
+
+    def __init__(self, memory: AddressSpace, leaves: Sequence[Leaf]) -> None:
+        self._memory = memory
+        self._leaves = leaves
+        home = _device(memory, leaves)
+        one_device = home not in {_HOST, _MIXED}
+        self._tables = SpanDigests(memory, [leaf.span for leaf in leaves]) if one_device else None
+
+    def of(self, leaves: range) -> bytes:
+        """Digests of the leaves numbered ``leaves`` (step 1), one after the other."""
+        if self._tables is not None:
+            return self._tables.of(leaves.start, leaves.stop)
+        return digest_leaves(self._memory, self._leaves[leaves.start : leaves.stop])
 
 
 _HOST_GROUP = 8
