@@ -114,16 +114,14 @@ def test_h45_h70_real_nixl_between_real_ranks_that_leave_with_the_code_they_mean
     env = fleet.environment() | {"WEIGHTWIRE_TRANSPORTS": "nixl"}
     options: dict[str, Any] = {"model_id": "nixl", "revision": "r1", "load_format": "presharded"}
     command = (sys.executable, "-m", "weightwire.engines.native.rank")
-    source = Replica(ReplicaOptions(model=str(checkpoints["big"]), **options), env, command=command)
-    target = Replica(ReplicaOptions(model=str(bare(checkpoints["big"])), **options), env, command=command)
-    try:
+    with Replica(ReplicaOptions(model=str(checkpoints["big"]), **options), env, command=command) as source:
         source.loaded(90)
-        (loaded,) = target.loaded(90)
-        report = loaded["report"]
-        assert isinstance(report, dict)
-        assert report["source"] == "peer"
-        assert str(report["paths"]).startswith("['nixl/")
-        assert target.generate([[1, 2, 3]], 4) == source.generate([[1, 2, 3]], 4)
-    finally:
-        codes = target.stop() + source.stop()
+        with Replica(ReplicaOptions(model=str(bare(checkpoints["big"])), **options), env, command=command) as target:
+            (loaded,) = target.loaded(90)
+            report = loaded["report"]
+            assert isinstance(report, dict)
+            assert report["source"] == "peer"
+            assert str(report["paths"]).startswith("['nixl/")
+            assert target.generate([[1, 2, 3]], 4) == source.generate([[1, 2, 3]], 4)
+            codes = target.stop() + source.stop()
     assert codes == [0, 0]
