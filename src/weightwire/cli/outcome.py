@@ -54,6 +54,11 @@ class Outcome:
         elapsed = self.seconds.get("transfer", 0.0)
         return self.nbytes / elapsed / 1e9 if elapsed else 0.0
 
+    @property
+    def metrics(self) -> list[str]:
+        """Where each rank serves its metrics; empty where they were not asked for."""
+        return [rank["metrics"] for rank in self.ranks if "metrics" in rank]
+
     @cached_property
     def seconds(self) -> dict[str, float]:
         """Phase -> seconds, of those ``PHASES`` that happened."""
@@ -159,6 +164,7 @@ class Outcome:
             "weights_id": self.weights_id,
             "content_ids": self.content_ids,
             "published": self.published,
+            "metrics": self.metrics,
             "warnings": self.warnings,
             "ranks": [dict(rank) for rank in self.ranks],
         }

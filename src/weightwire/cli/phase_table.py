@@ -72,6 +72,8 @@ def summary(outcome: Outcome) -> Iterator[tuple[str, str]]:
         yield "weights id", outcome.weights_id
     if outcome.published:
         yield "published", f"stage {outcome.published} over {', '.join(outcome.served_over)}"
+    if outcome.metrics:
+        yield "metrics", ", ".join(f"http://{address}/metrics" for address in outcome.metrics)
     for reason in outcome.not_published:
         yield "NOT published", reason
     for warning in outcome.notes:

@@ -87,6 +87,18 @@ ModelIdOption = Annotated[
     ),
 ]
 
+MetricsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port",
+        metavar="PORT",
+        min=0,
+        max=65000,
+        help="Serve Prometheus metrics: rank 0 at this port, each further rank at the next; 0 chooses free ones.",
+        show_default=False,
+    ),
+]
+
 
 def run(
     *,
@@ -124,6 +136,7 @@ def run(
         typer.Option("--on-miss", help="Where no peer serves: read the disk (default) or fail.", show_default=False),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="End after the answer instead of serving others.")] = False,
+    metrics_port: MetricsOption = None,
     secret_file: SecretOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -146,6 +159,7 @@ def run(
         "kernel_layout": kernel_layout.value,
         "weights_id": weights_id,
         "latest": latest,
+        "metrics_port": metrics_port,
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(sigterm_interrupts())

@@ -13,6 +13,7 @@ from weightwire.runtime.load_format import LoadFormat
 from weightwire.runtime.model_loader import parse_dtype
 
 MAX_TP = 64
+MAX_PORT = 65535
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,9 @@ class ReplicaOptions:
         latest: where several weights are ready, take those with the highest ordinal.
         ordinal: of the weights that this replica reads from the disk.
         publish_stage: ``LOADED`` or ``PROCESSED``: what this replica publishes.
+        metrics_port: each rank serves Prometheus metrics at this port plus its rank, on ``WEIGHTWIRE_BIND`` or
+            loopback; 0 for free ones, told in its ``loaded`` event; ``None`` for none.
+        until_signal: ranks read no commands and serve until SIGTERM (for torchrun and mpirun).
 
     Raises:
         ConfigError: a value is not legal; names it.
@@ -47,6 +51,8 @@ class ReplicaOptions:
     latest: bool = False
     ordinal: int = 0
     publish_stage: str = "LOADED"
+    metrics_port: int | None = None
+    until_signal: bool = False
 
     def __post_init__(self) -> None:
         LoadFormat.parse(self.load_format)
@@ -56,6 +62,9 @@ class ReplicaOptions:
             raise ConfigError(f"tp is {self.tp!r}", f"give a whole number from 1 to {MAX_TP}")
         if self.publish_stage not in ("LOADED", "PROCESSED"):
             raise ConfigError(f"publish_stage is {self.publish_stage!r}", "use LOADED or PROCESSED")
+        port = self.metrics_port
+        if port is not None and (isinstance(port, bool) or not 0 <= port <= MAX_PORT - MAX_TP):
+            raise ConfigError(f"metrics_port is {port!r}", f"give 0 to {MAX_PORT - MAX_TP}, or none")
         if not Path(self.model).is_dir():
             raise ConfigError(
                 f"{self.model} is not a directory", "give a checkpoint directory, or one with config and tokenizer"

@@ -33,6 +33,7 @@ from weightwire.loaders.member import Member
 from weightwire.manifest.records import Manifest
 from weightwire.metadata.decision import Group, TorchDecisions
 from weightwire.observability.logging import setup_logging
+from weightwire.observability.metrics import MetricsServer, serve_metrics
 from weightwire.observability.progress import Progress
 from weightwire.runtime.checkpoint.safetensors_loader import SafetensorsLoader, has_weights
 from weightwire.runtime.config import KernelLayout, ModelConfig
@@ -78,6 +79,7 @@ class Rank:
         self.format = LoadFormat.parse(options.load_format)
         self.role = _role(self.format, settings)
         self.member = Member(settings) if self.role is not ReplicaRole.OFF else None
+        self.metrics = self._serve_metrics()
         self.identities: Mapping[Stage, Identity] = {}
         self.publication: Publication | None = None
         self.live = LiveCheckpointLoader(
@@ -122,7 +124,9 @@ class Rank:
         emit("loaded", **self._told())
 
     def serve(self, commands: Any) -> None:
-        """Answer commands until ``stop`` or the end of the stream."""
+        """Answer commands until ``stop`` or the end of the stream; with ``until_signal``, wait for SIGTERM instead."""
+        while self.options.until_signal:
+            signal.pause()  # the handler of SIGTERM raises SystemExit
         for command in read(commands):
             match command:
                 case {"do": "generate", "prompts": list(prompts), "tokens": int(count), **more}:
@@ -139,9 +143,17 @@ class Rank:
     def close(self) -> None:
         """Withdraw and let go; bounded, idempotent."""
         self.hooks.withdraw()
+        if self.metrics is not None:
+            self.metrics.close()
         if self.member is not None:
             self.member.close()
         self.tp.close()
+
+    def _serve_metrics(self) -> MetricsServer | None:
+        port = self.options.metrics_port
+        if port is None:
+            return None
+        return serve_metrics(self.settings.bind or "127.0.0.1", port + self.tp.rank if port else 0)
 
     @property
     def _publishes(self) -> bool:
@@ -228,6 +240,8 @@ class Rank:
         report = self.live.report
         told: dict[str, Json] = {"report": report.to_json(), "seconds": dict(seconds), "published": published}
         told["nbytes"] = report.nbytes if report.source == "peer" else self._read
+        if self.metrics is not None:
+            told["metrics"] = "{}:{}".format(*self.metrics.address)
         if self.member is not None:
             node = self.member.node
             unavailable: dict[str, Json] = dict(self.member.reader.unavailable)
