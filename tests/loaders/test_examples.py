@@ -71,7 +71,11 @@ def test_two_ranks(server: EmbeddedServer, secret_file: Path) -> None:
     script = [str(EXAMPLES / "two_ranks.py")]
     with running([*TORCHRUN, str(free_port()), *script, "publish", server.url], env) as source:
         assert source.stdout is not None
-        served = {tuple(re.findall(r"rank (\d).*sum ([-\d.]+)", source.stdout.readline())[0]) for _ in range(2)}
+        served: set[tuple[str, str]] = set()
+        told = ""
+        while len(served) < 2:  # the ranks' lines may run into each other
+            told += source.stdout.readline()
+            served = set(re.findall(r"rank (\d) serves, sum (-?\d+\.\d{4})", told))
         done = subprocess.run(
             [*TORCHRUN, str(free_port()), *script, "receive", server.url],
             env=env,
@@ -81,4 +85,4 @@ def test_two_ranks(server: EmbeddedServer, secret_file: Path) -> None:
             check=False,
         )
     assert done.returncode == 0, done.stderr
-    assert set(re.findall(r"rank (\d) received.*sum ([-\d.]+)", done.stdout)) == served
+    assert set(re.findall(r"rank (\d) received.*?sum (-?\d+\.\d{4})", done.stdout)) == served
