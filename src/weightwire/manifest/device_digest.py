@@ -10,6 +10,7 @@ made from the arithmetic one and a mask).
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -146,10 +147,22 @@ def _gathered_by_kernel(blocks: Blocks, rows: Column, kernel: Kernel) -> Column:
     return values
 
 
+class _Streams(threading.local):
+    """Each thread's streams, by device."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, torch.cuda.Stream] = {}
+
+
+_streams = _Streams()
+
+
 @contextlib.contextmanager
 def _own_stream(device: str) -> Iterator[None]:
     """Digests asked for by several threads run beside each other, and not behind what else the process computes."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = _streams.made.get(device)
+    if stream is None:
+        stream = _streams.made[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         yield
