@@ -59,6 +59,7 @@ class Peer:
     """A serving inproc transport as a session; ``spoil`` may wrap every connection."""
 
     transport = "inproc"
+    lanes = 2
 
     def __init__(
         self, reader: InprocTransport, held: torch.Tensor, label: str, spoil: Callable[[Connection], Connection] | None

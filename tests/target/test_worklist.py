@@ -60,3 +60,17 @@ def test_only_a_claimed_chunk_can_be_verified() -> None:
     work = WorkList([Chunk(0, 1, Span(0, 1))])
     with pytest.raises(KeyError):
         work.verified(Chunk(0, 1, Span(0, 1)))
+
+
+def test_chunks_that_follow_each_other_are_claimed_together_up_to_a_size() -> None:
+    work = WorkList(chunked(leaves_of([1] * 9), [0, 1, 2, 3, 5, 6, 7, 8], 1))
+    assert work.extent == range(9)
+    assert work.claim(3) == Chunk(0, 3, Span(0, 3))
+    assert work.claim(3) == Chunk(3, 1, Span(3, 1))  # leaf 4 is there already
+    last = work.claim(100)
+    assert last == Chunk(5, 4, Span(5, 4))
+    work.give_back(last)
+    assert len(work) == 1
+    assert work.claim() == last
+    work.verified(last)
+    assert work.verified_leaves == {5, 6, 7, 8}

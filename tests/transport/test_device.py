@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from transport.peers import MIB, Bytes, pattern
 from weightwire.errors import ConfigError, TransferError
 from weightwire.manifest.address import Region, Segment
 from weightwire.transport import device, memory
+from weightwire.transport.landing import Landing, Staging, leaving
 
 
 class LateStage:
@@ -81,6 +83,73 @@ def test_one_stage_arrives_while_the_other_is_emptied() -> None:
     assert target.journal == ["begin a", "begin b", "wait a", "begin a", "wait b", "begin b", "wait a", "wait b"]
 
 
+def mixed(late: LateDevice, sizes: Sequence[int]) -> tuple[list[Segment], Bytes]:
+    """``sizes`` in turns on the device and on the host, and the host's part."""
+    host = np.zeros(sum(sizes), dtype=np.uint8)
+    segments = [
+        late.segments[at] if at % 3 else Segment(part.offset, int(host.ctypes.data) + part.offset, part.nbytes, "cpu")
+        for at, part in enumerate(late.segments)
+    ]
+    return segments, host
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(1, 350), min_size=1, max_size=12), portion=st.integers(1, 200))
+def test_what_leaves_and_lands_through_two_buffers_is_all_there(sizes: list[int], portion: int) -> None:
+    content = pattern(sum(sizes))
+    source, target = LateDevice(sizes, content.copy()), LateDevice(sizes)
+    from_segments, from_host = mixed(source, sizes)
+    from_host[:] = content
+    sent = b"".join(bytes(view) for part in leaving(from_segments, Staging(source.stages, 100)) for view in part)
+    assert sent == content.tobytes()
+    to_segments, to_host = mixed(target, sizes)
+    landing, at = Landing(to_segments, Staging(target.stages, 100)), 0
+    while buffers := landing.buffers(3):
+        nbytes = min(portion, buffers[0].nbytes)
+        buffers[0][:nbytes] = sent[at : at + nbytes]
+        landing.advance(nbytes)
+        at += nbytes
+    assert at == len(sent)
+    for part in to_segments:
+        landed = to_host if part.device == "cpu" else target.bytes
+        assert np.array_equal(landed[part.offset :][: part.nbytes], content[part.offset :][: part.nbytes])
+
+
+def test_one_buffer_is_sent_while_the_other_arrives() -> None:
+    source = LateDevice([400], pattern(400))
+    for _ in leaving(source.segments, Staging(source.stages, 100)):
+        source.journal.append("sent")
+    assert source.journal == [
+        "begin b",
+        "begin a",
+        "wait b",
+        "sent",
+        "begin b",
+        "wait a",
+        "sent",
+        "begin a",
+        "wait b",
+        "sent",
+        "wait a",
+        "sent",
+    ]
+
+
+def test_nothing_lands_once_a_broken_read_was_settled() -> None:
+    target = LateDevice([250])
+    landing = Landing(target.segments, Staging(target.stages, 100))
+    for _ in range(2):
+        (buffer,) = landing.buffers(1)
+        buffer[:] = b"x" * buffer.nbytes
+        landing.advance(buffer.nbytes)
+    landing.settle()
+    before = target.bytes.copy()
+    for stage in target.made:
+        stage.settle()
+    assert np.array_equal(target.bytes, before)
+    assert before[:200].all()
+
+
 def test_sizes_that_differ_and_several_devices_are_refused() -> None:
     late = LateDevice([10])
     with pytest.raises(ValueError, match="10 bytes"):
@@ -107,16 +176,39 @@ def test_expandable_segments_and_foreign_memory_are_refused_early() -> None:
         device.allocation_of(3 << 20, lambda: SEGMENTS)
 
 
+def test_whole_allocations_are_registered_once_whatever_lies_in_them() -> None:
+    touching = [
+        {"address": 1 << 20, "total_size": 2 << 20, "device": 0},
+        {"address": 3 << 20, "total_size": 1 << 20, "device": 0},
+        {"address": 9 << 20, "total_size": 1 << 20, "device": 0},
+    ]
+    tensors = [Region((1 << 20) + at, 512, "cuda:0") for at in range(0, 4096, 512)]
+    across = Region((3 << 20) - 512, 1024, "cuda:0")
+    first, second = Region(1 << 20, 2 << 20, "cuda:0"), Region(3 << 20, 1 << 20, "cuda:0")
+    assert device.allocations(tensors, lambda: touching) == [first]
+    assert device.allocations([across, *tensors], lambda: touching) == [first, second]
+    with pytest.raises(TransferError, match="no allocation"):
+        device.allocations([Region((4 << 20) - 512, 1024, "cuda:0")], lambda: touching)
+
+
+def test_many_allocations_are_found_quickly() -> None:
+    many = [{"address": at << 21, "total_size": 2 << 20, "device": 0} for at in range(1, 20_001)]
+    regions = [Region(segment["address"], segment["total_size"], "cuda:0") for segment in many]
+    began = time.monotonic()
+    assert device.allocations(regions, lambda: many) == regions
+    assert time.monotonic() - began < 2
+
+
 def test_h35_regions_that_cannot_be_registered_are_refused() -> None:
     good = Region(1 << 20, 2 << 20, "cuda:1")
-    device.check_registrable([good, Region((1 << 20) + 512, 1024, "cuda:1")], lambda: SEGMENTS)
+    assert device.allocations([good, Region((1 << 20) + 512, 1024, "cuda:1")], lambda: SEGMENTS) == [good]
     for bad in (
         Region(1 << 20, (2 << 20) + 1, "cuda:1"),
         Region(1 << 20, 10, "cuda:0"),
         Region(1 << 20, 10, "mps:0"),
     ):
         with pytest.raises(TransferError):
-            device.check_registrable([good, bad], lambda: SEGMENTS)
+            device.allocations([good, bad], lambda: SEGMENTS)
 
 
 def test_a_device_that_is_not_there_is_an_error() -> None:
@@ -147,4 +239,4 @@ def test_cuda_memory_goes_both_ways_and_its_allocation_is_found() -> None:
     whole = device.allocation_of(on_device.data_ptr() + 5)
     assert whole.address <= on_device.data_ptr()
     assert whole.nbytes >= content.size
-    device.check_registrable([Region(on_device.data_ptr(), content.size, "cuda:0")])
+    assert device.allocations([Region(on_device.data_ptr(), content.size, "cuda:0")]) == [whole]

@@ -13,7 +13,7 @@ from transport.peers import joined, pattern, soon, space, thread
 from weightwire.errors import FenceTimeout, GenerationMoved
 from weightwire.manifest.address import Segment
 from weightwire.transport import ledger, memory
-from weightwire.transport.landing import Landing, Stage
+from weightwire.transport.landing import Landing, Staging
 from weightwire.types import Span
 
 
@@ -75,7 +75,7 @@ def test_load_and_store_are_each_other_s_inverse() -> None:
 def test_a_landing_takes_bytes_in_any_portions(portions: list[int]) -> None:
     content = pattern(200)
     target, parts = space(np.zeros(200, dtype=np.uint8), 9)
-    landing = Landing(target.slices(Span(10, 150)), Stage())
+    landing = Landing(target.slices(Span(10, 150)), Staging())
     at = 10
     while buffers := landing.buffers(2):
         nbytes = min(portions[at % len(portions)], sum(buffer.nbytes for buffer in buffers))

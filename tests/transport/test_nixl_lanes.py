@@ -45,6 +45,13 @@ def test_several_lanes_ranges_and_kinds_of_memory() -> None:
     assert lanes.transports("ab/1") == {("cuda", "cuda"): ("rc_mlx5", "tcp")}
 
 
+def test_h46_a_device_that_ucx_knows_by_name() -> None:
+    lanes = Lanes()
+    way = "remote memory read by ucp_get*(multi) into cuda/GPU0 from cuda/GPU0"
+    lanes.feed(table("ab/1", way, "| 0..inf | zero-copy | cuda_ipc/cuda |"))
+    assert lanes.transports("ab/1") == {("cuda", "cuda"): ("cuda_ipc",)}
+
+
 def test_a_later_choice_replaces_an_earlier_one() -> None:
     lanes = Lanes()
     for lane in ("tcp/eth0", "rc_mlx5/mlx5_0:1"):

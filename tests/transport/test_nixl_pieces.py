@@ -33,7 +33,7 @@ def test_every_byte_is_moved_once_from_its_place_to_its_place(
     span = Span(min(skip, total - 1), total - min(skip, total - 1))
     at = span.offset
     for piece in cut(local.slices(span), remote.slices(span)):
-        assert 0 < piece.nbytes <= pieces.MAX_BYTES
+        assert 0 < piece.nbytes <= (pieces.MAX_BYTES if piece.local == "cpu" else pieces.MAX_DEVICE_BYTES)
         assert len(piece.runs) <= pieces.MAX_RUNS
         for run in piece.runs:
             for space, address, device in ((local, run.local, piece.local), (remote, run.remote, piece.remote)):
@@ -48,6 +48,12 @@ def test_runs_that_follow_each_other_on_both_sides_are_one() -> None:
     local = [Segment(at * 10, 1000 + at * 10, 10, "cpu") for at in range(5000)]
     remote = [Segment(0, 9000, 25_000, "cpu"), Segment(25_000, 90_000, 25_000, "cpu")]
     assert [piece.runs for piece in cut(local, remote)] == [[Run(1000, 9000, 25_000), Run(26_000, 90_000, 25_000)]]
+
+
+def test_allocations_that_touch_on_both_sides_stay_apart_on_a_device() -> None:
+    local = [Segment(at * 10, 1000 + at * 10, 10, "cuda:0") for at in range(3)]
+    remote = [Segment(at * 10, 9000 + at * 10, 10, "cuda:0") for at in range(3)]
+    assert [piece.runs for piece in cut(local, remote)] == [[Run(1000 + n, 9000 + n, 10) for n in (0, 10, 20)]]
 
 
 def test_many_small_runs_are_cut_by_their_number() -> None:

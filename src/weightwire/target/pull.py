@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from weightwire.errors import AuthError, DigestMismatch, FenceTimeout, PeerStalled, TransferError
-from weightwire.manifest.digest import digest_span
-from weightwire.manifest.records import Manifest
+from weightwire.manifest.address import AddressSpace
+from weightwire.manifest.digest import LeafDigests
+from weightwire.manifest.records import DIGEST_BYTES, Manifest
 from weightwire.target.worklist import Chunk, WorkList
 from weightwire.transport.base import Connection, Read, Registration
 
@@ -25,6 +26,13 @@ log = logging.getLogger(__name__)
 
 SLOWEST_RATE = 1024 * 1024
 """Bytes a second below which a peer counts as stalled (added to the stall bound for what is outstanding)."""
+
+READ_S = 0.03
+"""What one read into a device should take: there, asking, launching and waiting cost more than the bytes of a chunk."""
+MAX_READ_BYTES = 1024 * 1024 * 1024
+
+STALL_BYTES = 64 * 1024 * 1024
+"""Most outstanding bytes that lengthen the stall bound: where reads have grown beyond, the link is a fast one."""
 
 _CONDEMNED: list[object] = []
 """Memory that a peer may still write to: kept for the life of the process, never refilled."""
@@ -41,6 +49,11 @@ class Session(Protocol):
     @property
     def transport(self) -> str:
         """Name of the transport that reads from it."""
+        ...
+
+    @property
+    def lanes(self) -> int:
+        """How many connections to it pay."""
         ...
 
     def connect(self, deadline: float) -> Connection:
@@ -90,14 +103,14 @@ class Bounds:
         deadline: ``time.monotonic()`` value for the whole load.
         stall_s: seconds without a finished read after which a peer is dropped.
         fence_s: seconds that a fence may take.
-        lanes: connections to one peer.
+        lanes: most connections to one peer.
         peers: peers read from at a time.
     """
 
     deadline: float
     stall_s: float = 10.0
     fence_s: float = 10.0
-    lanes: int = 2
+    lanes: int = 4
     peers: int = 3
 
 
@@ -123,11 +136,14 @@ class Pull:
         self.manifest = manifest
         self.into = into
         self.work = work
+        self.extent = work.extent
         self.bounds = bounds
         self.arrived = arrived
         self.report = PullReport()
         self.lock = threading.Lock()
         self.wake = threading.Event()
+        self._making = threading.Lock()
+        self._digests: tuple[range, LeafDigests] | None = None
 
     def run(self, sessions: Iterator[Session]) -> PullReport:
         """Fetch everything. ``sessions`` yields peers, best first; the next is opened when one fails or there is room.
@@ -150,6 +166,28 @@ class Pull:
             self._condemn(active)
         return self.report
 
+    def verify(self, memory: AddressSpace, leaves: range, peer: str) -> None:
+        """Compare what arrived with the manifest.
+
+        Raises:
+            BadLeaf: the first leaf that differs; ``peer`` sent it.
+        """
+        extent, digests = self.prepare(memory)
+        found = digests.of(range(leaves.start - extent.start, leaves.stop - extent.start))
+        if found != self.manifest.digests[leaves.start * DIGEST_BYTES : leaves.stop * DIGEST_BYTES]:
+            for at, index in enumerate(leaves):
+                if found[at * DIGEST_BYTES :][:DIGEST_BYTES] != self.manifest.digest(index):
+                    raise BadLeaf(peer, index)
+
+    def prepare(self, memory: AddressSpace) -> tuple[range, LeafDigests]:
+        """What digests this pull's leaves, made once: where lanes connect meanwhile it costs them nothing."""
+        with self._making:
+            if self._digests is None:
+                extent = self.extent
+                leaves = self.manifest.layout.leaves[extent.start : extent.stop]
+                self._digests = extent, LeafDigests(memory, leaves)
+            return self._digests
+
     def _supervise(self, sessions: Iterator[Session], active: list[_PeerPull]) -> None:
         exhausted = False
         while not self.work.finished and not any(peer.condemned for peer in active):
@@ -160,6 +198,7 @@ class Pull:
                 exhausted = session is None
                 if session is not None:
                     active.append(_PeerPull(self, session))
+                    self.prepare(self.into[session.transport].memory)
                 continue
             if not running:
                 raise _last_error(active)
@@ -191,7 +230,7 @@ class _PeerPull:
         pull.report.shares.append(self.share)
         self.threads = [
             threading.Thread(target=self._lane, name=f"weightwire-lane-{n}", daemon=True)
-            for n in range(pull.bounds.lanes)
+            for n in range(min(pull.bounds.lanes, session.lanes, max(len(pull.work), 1)))
         ]
         session.watch(self.fail)
         for thread in self.threads:
@@ -256,6 +295,8 @@ class _PeerPull:
         except (TransferError, AuthError) as error:
             self.fail(error)
         finally:
+            with self.pull.lock:
+                self.share.path = connection.path  # some know it only once they have read
             if self._fence(connection):
                 lane.give_back()
             self.pull.wake.set()
@@ -270,6 +311,8 @@ class _Lane:
         self.connection = connection
         self.into = self.pull.into[peer.session.transport]
         self.under_way: deque[tuple[Chunk, Read | None]] = deque()
+        self.on_device = all(segment.device != "cpu" for segment in self.into.memory.segments)
+        self.together = 0  # bytes of chunks that one read asks for
 
     def drive(self) -> None:
         work = self.pull.work
@@ -287,7 +330,7 @@ class _Lane:
 
     def _fill(self) -> None:
         while len(self.under_way) < self.connection.depth:
-            chunk = self.pull.work.claim()
+            chunk = self.pull.work.claim(self.together)
             if chunk is None:
                 return
             self.under_way.append((chunk, None))
@@ -297,13 +340,14 @@ class _Lane:
         chunk, read = self.under_way[0]
         assert read is not None
         began = time.monotonic()
-        outstanding = sum(other.span.nbytes for other, _ in self.under_way)
+        outstanding = min(sum(other.span.nbytes for other, _ in self.under_way), STALL_BYTES)
         stalled = began + self.pull.bounds.stall_s + outstanding / SLOWEST_RATE
         read.wait(min(self.pull.bounds.deadline, stalled))
         arrived = time.monotonic()
-        self._verify(chunk)
+        self.pull.verify(self.into.memory, chunk.leaves, self.peer.share.peer)
         self.under_way.popleft()
         self.pull.work.verified(chunk)
+        self._adapt(chunk.span.nbytes, time.monotonic() - began)
         with self.pull.lock:
             self.pull.report.wire_s += arrived - began
             self.pull.report.verify_s += time.monotonic() - arrived
@@ -312,11 +356,12 @@ class _Lane:
         if self.pull.work.finished:
             self.pull.wake.set()
 
-    def _verify(self, chunk: Chunk) -> None:
-        manifest, leaves = self.pull.manifest, self.pull.manifest.layout.leaves
-        for index in chunk.leaves:
-            if digest_span(self.into.memory, leaves[index].span) != manifest.digest(index):
-                raise BadLeaf(self.peer.share.peer, index)
+    def _adapt(self, nbytes: int, seconds: float) -> None:
+        """Larger reads while they are quick, on a device; on the host a chunk is verified while it is in cache."""
+        if self.on_device and seconds < READ_S:
+            self.together = min(max(self.together, 4 * nbytes), MAX_READ_BYTES)
+        elif seconds > 4 * READ_S:
+            self.together //= 2
 
 
 class BadLeaf(DigestMismatch):

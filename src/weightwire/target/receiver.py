@@ -162,11 +162,12 @@ class Receiver:
         assert self._offer is not None
         deadline = time.monotonic() + self.reader.load_s
         tally = _Tally(self.progress, planned.layout.nbytes)
-        weights = range(planned.layout.weight_leaves)
-        self._run(planned.manifest, weights, into, self._offer.candidates, deadline, tally)
-        derived = range(planned.layout.weight_leaves, len(planned.layout.leaves))
-        if derived:
-            self._fetch_derived(derived, into, deadline, tally)
+        weights, end = planned.layout.weight_leaves, len(planned.layout.leaves)
+        if len(self._offer.candidates) == 1:  # derived leaves come from the same peer: no second connection
+            weights = end
+        self._run(planned.manifest, range(weights), into, self._offer.candidates, deadline, tally)
+        if weights < end:
+            self._fetch_derived(range(weights, end), into, deadline, tally)
         self.report.nbytes = sum(share.nbytes for share in self.report.shares)
 
     def _fetch_derived(

@@ -47,6 +47,11 @@ class PeerSession:
         self.transport = self._usable[0]
         self.warnings: list[str] = []
 
+    @property
+    def lanes(self) -> int:
+        """How many connections pay."""
+        return self.reader.transports[self.transport].streams
+
     def connect(self, deadline: float) -> Connection:
         """One more connection over the best transport that works; a slower one is named in ``warnings``."""
         with self._lock:

@@ -68,12 +68,33 @@ class WorkList:
         self._verified: set[int] = set()
         self.retries = 0
 
-    def claim(self) -> Chunk | None:
-        """Take the next chunk; ``None`` if nothing is left to take (others may still give theirs back)."""
+    @property
+    def extent(self) -> range:
+        """From the first leaf that is to be fetched to the last one."""
+        with self._changed:
+            chunks = [*self._todo, *self._claimed]
+        first = min((chunk.first for chunk in chunks), default=0)
+        return range(first, max((chunk.first + chunk.count for chunk in chunks), default=0))
+
+    def __len__(self) -> int:
+        """Chunks that nobody has claimed."""
+        with self._changed:
+            return len(self._todo)
+
+    def claim(self, most: int = 0) -> Chunk | None:
+        """Take the next chunk, and those that follow it, in one; ``None`` if nothing is left to take.
+
+        Others may still give theirs back.
+
+        Args:
+            most: bytes to take together; one chunk is taken whatever its size.
+        """
         with self._changed:
             if not self._todo:
                 return None
             chunk = self._todo.popleft()
+            while self._todo and _fits(chunk, self._todo[0], most):
+                chunk = _joined(chunk, self._todo.popleft())
             self._claimed.add(chunk)
             return chunk
 
@@ -115,3 +136,12 @@ class WorkList:
     @property
     def _finished(self) -> bool:
         return not self._todo and not self._claimed
+
+
+def _fits(chunk: Chunk, following: Chunk, most: int) -> bool:
+    return following.first == chunk.first + chunk.count and chunk.span.nbytes + following.span.nbytes <= most
+
+
+def _joined(chunk: Chunk, following: Chunk) -> Chunk:
+    nbytes = chunk.span.nbytes + following.span.nbytes
+    return Chunk(chunk.first, chunk.count + following.count, Span(chunk.span.offset, nbytes))

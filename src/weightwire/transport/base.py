@@ -101,6 +101,11 @@ class Transport(Protocol):
         """``inproc``, ``tcp`` or ``nixl``."""
         ...
 
+    @property
+    def streams(self) -> int:
+        """How many connections to one peer pay."""
+        ...
+
     def register(self, memory: AddressSpace) -> Registration:
         """Make ``memory`` readable (as a source) or writable (as a target). Registers whole regions.
 

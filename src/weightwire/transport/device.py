@@ -5,6 +5,7 @@ torch is imported by what needs it, so that a host without a device pays nothing
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import importlib
@@ -15,8 +16,9 @@ from typing import Any, Protocol
 
 from weightwire.errors import ConfigError, TransferError
 from weightwire.manifest.address import Region, Segment
+from weightwire.transport import memory
 
-STAGE_BYTES = 16 * 1024 * 1024
+STAGE_BYTES = memory.STAGE_BYTES
 STAGES = 2
 """Pinned memory of a thread and device: ``STAGES`` times ``STAGE_BYTES``, whatever the model's size."""
 
@@ -241,45 +243,63 @@ def allocation_of(address: int, snapshot: Snapshot | None = None) -> Region:
             not at all.
         TransferError: torch's allocator did not make it.
     """
-    for segment in (snapshot or _torch_snapshot)():
-        base, nbytes, device = segment["address"], segment["total_size"], segment["device"]
-        if base <= address < base + nbytes:
-            if segment.get("is_expandable", False):
-                raise ConfigError(
-                    f"weights on cuda:{device} lie in an expandable segment, which cannot be registered",
-                    "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False, or use transport tcp",
-                )
-            return Region(base, nbytes, f"cuda:{device}")
-    raise TransferError(
-        f"no allocation of torch's CUDA allocator holds address {address:#x}",
-        "give weights plain cudaMalloc memory (no sleep-mode or VMM pool), or use transport tcp",
-    )
+    return _Allocations((snapshot or _torch_snapshot)()).holding(address)
 
 
-def check_registrable(regions: Iterable[Region], snapshot: Snapshot | None = None) -> None:
-    """Refuse device memory that cannot be registered, before anything depends on it.
+def allocations(regions: Iterable[Region], snapshot: Snapshot | None = None) -> list[Region]:
+    """The whole allocations that ``regions`` lie in, each once: what is registered instead of them.
+
+    A region may reach over several allocations that happen to touch: the device's keys end with the allocation.
+
+    Args:
+        regions: of CUDA devices.
+        snapshot: the allocator's segments; torch's own if left out.
 
     Raises:
         ConfigError: expandable segments; see ``allocation_of``.
-        TransferError: not a CUDA device, not torch's memory, or a region that is more than one allocation.
+        TransferError: not a CUDA device, or not torch's memory.
     """
-    kept = list((snapshot or _torch_snapshot)()) if snapshot or _has_cuda(regions) else []
-    for region in regions:
+    given = list(regions)
+    for region in given:
         if not region.device.startswith("cuda:"):
             raise TransferError(f"memory on {region.device} cannot be registered", "use transport tcp")
-        whole = allocation_of(region.address, lambda: kept)
-        if whole.device != region.device or region.address + region.nbytes > whole.address + whole.nbytes:
-            raise TransferError(
-                f"{region.nbytes} bytes on {region.device} are not inside one allocation", "report this as a bug"
-            )
-
-
-def _has_cuda(regions: Iterable[Region]) -> bool:
-    for region in regions:
-        if region.device.startswith("cuda:"):
+        if snapshot is None:
             _cuda(region.device)
-            return True
-    return False
+    known = _Allocations((snapshot or _torch_snapshot)() if given else ())
+    found = {whole for region in given for whole in known.covering(region)}
+    return sorted(found, key=lambda whole: (whole.device, whole.address))
+
+
+class _Allocations:
+    """A snapshot of the allocator, by address."""
+
+    def __init__(self, segments: Iterable[Mapping[str, Any]]) -> None:
+        self._segments = sorted(segments, key=lambda segment: int(segment["address"]))
+        self._starts = [int(segment["address"]) for segment in self._segments]
+
+    def holding(self, address: int) -> Region:
+        at = bisect.bisect_right(self._starts, address) - 1
+        segment = self._segments[at] if at >= 0 else None
+        if segment is None or address >= segment["address"] + segment["total_size"]:
+            raise TransferError(
+                f"no allocation of torch's CUDA allocator holds address {address:#x}",
+                "give weights plain cudaMalloc memory (no sleep-mode or VMM pool), or use transport tcp",
+            )
+        if segment.get("is_expandable", False):
+            raise ConfigError(
+                f"weights on cuda:{segment['device']} lie in an expandable segment, which cannot be registered",
+                "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False, or use transport tcp",
+            )
+        return Region(segment["address"], segment["total_size"], f"cuda:{segment['device']}")
+
+    def covering(self, region: Region) -> Iterator[Region]:
+        at = region.address
+        while at < region.address + region.nbytes:
+            whole = self.holding(at)
+            if whole.device != region.device:
+                raise TransferError(f"{region.device} memory lies on {whole.device}", "report this as a bug")
+            yield whole
+            at = whole.address + whole.nbytes
 
 
 def _torch_snapshot() -> Iterable[Mapping[str, Any]]:

@@ -113,6 +113,11 @@ class FaultyTransport:
         """The inner transport's."""
         return self._inner.name
 
+    @property
+    def streams(self) -> int:
+        """The inner transport's."""
+        return self._inner.streams
+
     def register(self, memory: AddressSpace) -> Registration:
         """As the inner transport does."""
         return self._inner.register(memory)

@@ -48,6 +48,11 @@ class InprocTransport:
         """Always ``inproc``."""
         return "inproc"
 
+    @property
+    def streams(self) -> int:
+        """How many connections to one peer pay."""
+        return 2
+
     def register(self, memory: AddressSpace) -> HeldMemory:
         """Any memory of this process."""
         return self._ledger.add(memory)
@@ -162,6 +167,11 @@ class InprocConnection:
     def path(self) -> str:
         """Always ``inproc``."""
         return "inproc"
+
+    @property
+    def streams(self) -> int:
+        """How many connections to one peer pay."""
+        return 2
 
     @property
     def depth(self) -> int:

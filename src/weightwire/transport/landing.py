@@ -1,26 +1,51 @@
-"""Where the bytes of one read land: host memory directly, device memory through a bounded stage."""
+"""Where the bytes of one read land, and where those of one answer come from.
+
+Host memory is used directly; device memory through two pinned buffers in turn: while one is copied to or from the
+device, the socket fills or empties the other.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from weightwire.manifest.address import Segment
 from weightwire.transport import memory
 
+if TYPE_CHECKING:
+    from weightwire.transport.device import Stage, Stages
 
-class Stage:
-    """Host memory for device bytes, made on first use and kept: ``memory.STAGE_BYTES`` a stream."""
 
-    def __init__(self) -> None:
-        self._buffer: memoryview | None = None
+class Staging:
+    """This thread's pinned buffers, in turn. Made on first use and kept: two a thread and device.
 
-    def take(self, nbytes: int) -> memoryview:
-        """The first ``nbytes`` (at most ``memory.STAGE_BYTES``) of the stage; whoever took it before is done."""
-        if self._buffer is None:
-            self._buffer = memoryview(bytearray(memory.STAGE_BYTES))
-        return self._buffer[:nbytes]
+    Args:
+        stages: where they come from; ``device.pinned_stages`` if left out.
+        nbytes: of each that are used at a time.
+    """
+
+    def __init__(self, stages: Stages | None = None, nbytes: int = memory.STAGE_BYTES) -> None:
+        self.nbytes = nbytes
+        self._stages = stages
+        self._turn = 0
+
+    def take(self, run: Sequence[Segment]) -> tuple[Stage, memoryview]:
+        """The next buffer for ``run``, which lies on one device, with nothing under way; and its part to be used.
+
+        Raises:
+            TransferError: the device does not work.
+        """
+        if self._stages is None:
+            from weightwire.transport.device import pinned_stages  # noqa: PLC0415  # torch only where it is needed
+
+            self._stages = pinned_stages
+        ready = self._stages(run[0].device)
+        self._turn += 1
+        stage = ready[self._turn % len(ready)]
+        stage.settle()
+        return stage, stage.host[: _size(run)]
 
 
 class Landing:
@@ -28,14 +53,15 @@ class Landing:
 
     Args:
         segments: memory of one read, kept alive by the caller.
-        stage: used while this landing is open, by nothing else.
+        staging: used while this landing is open, by nothing else, and by one thread.
     """
 
-    def __init__(self, segments: Sequence[Segment], stage: Stage) -> None:
-        self._stage = stage
+    def __init__(self, segments: Sequence[Segment], staging: Staging) -> None:
+        self._staging = staging
         self._buffers: deque[memoryview] = deque()
-        self._staged: list[Segment] = []
-        self._runs = memory.runs(segments)
+        self._staged: tuple[Stage, list[Segment]] | None = None
+        self._copying: set[Stage] = set()
+        self._runs = memory.runs(segments, staging.nbytes)
         self._open_next()
 
     def buffers(self, most: int) -> list[memoryview]:
@@ -43,11 +69,22 @@ class Landing:
         return list(itertools.islice(self._buffers, most))
 
     def advance(self, nbytes: int) -> None:
-        """The first ``nbytes`` of the buffers were filled."""
+        """The first ``nbytes`` of the buffers were filled.
+
+        Raises:
+            TransferError: the device does not work.
+        """
         memory.consume(self._buffers, nbytes)
         if not self._buffers:
             self._finish_run()
             self._open_next()
+            if not self._buffers:
+                self.settle()
+
+    def settle(self) -> None:
+        """Return once no copy into the memory is under way; whoever breaks off calls it, too."""
+        while self._copying:
+            self._copying.pop().settle()
 
     def _open_next(self) -> None:
         run = next(self._runs, None)
@@ -56,13 +93,55 @@ class Landing:
         if memory.on_host(run):
             self._buffers = memory.views(run)
         else:
-            self._staged = run
-            self._buffers = deque([self._stage.take(_size(run))])
+            stage, part = self._staging.take(run)
+            self._staged = stage, run
+            self._buffers = deque([part])
 
     def _finish_run(self) -> None:
-        if self._staged:
-            memory.store(self._stage.take(_size(self._staged)), self._staged)
-            self._staged = []
+        if self._staged is None:
+            return
+        (stage, run), self._staged = self._staged, None
+        self._copying.add(stage)
+        _each(run, stage.put)
+
+
+def leaving(segments: Sequence[Segment], staging: Staging) -> Iterator[deque[memoryview]]:
+    """The bytes of ``segments`` on the host, run by run; each is valid until the next one is asked for.
+
+    Args:
+        segments: in order; their bytes are final.
+        staging: used until the end, by nothing else, and by one thread.
+
+    Raises:
+        TransferError: the device does not work.
+    """
+    coming: deque[Callable[[], deque[memoryview]]] = deque()
+    for run in memory.runs(segments, staging.nbytes):
+        coming.append(_begun(run, staging))
+        if len(coming) > 1:
+            yield coming.popleft()()
+    while coming:
+        yield coming.popleft()()
+
+
+def _begun(run: list[Segment], staging: Staging) -> Callable[[], deque[memoryview]]:
+    if memory.on_host(run):
+        return lambda: memory.views(run)
+    stage, part = staging.take(run)
+    _each(run, stage.fetch)
+
+    def settled() -> deque[memoryview]:
+        stage.settle()
+        return deque([part])
+
+    return settled
+
+
+def _each(run: Sequence[Segment], copy: Callable[[Segment, int], None]) -> None:
+    at = 0
+    for piece in run:
+        copy(piece, at)
+        at += piece.nbytes
 
 
 def _size(run: Sequence[Segment]) -> int:

@@ -16,7 +16,7 @@ HOST = "cpu"
 """``Segment.device`` of memory that the CPU can address."""
 
 STAGE_BYTES = 4 * 1024 * 1024
-"""Host memory that one stream stages device bytes in; the only staging there is, whatever the model's size."""
+"""Most device bytes that a stream handles at a time; it has two pinned buffers of this size, whatever the model's."""
 
 _WRITABLE = 0x200  # PyBUF_WRITE
 _from_memory = ctypes.pythonapi.PyMemoryView_FromMemory

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import os
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -61,6 +62,16 @@ def _translated(kind: type[WeightwireError], problem: str, remedy: str) -> Itera
         yield
     except _errors() as error:
         raise kind(f"{problem} ({error})", remedy) from error
+
+
+def warm_up() -> None:
+    """Make an agent and end it: the first one of a process takes a second or more where there is a GPU.
+
+    Raises:
+        ConfigError: ``nixl`` is not installed.
+        TransferError: UCX finds nothing to work with.
+    """
+    Agent(f"warm-{os.getpid()}-{time.monotonic_ns() % 10**9}", serves=False).destroy()
 
 
 class Agent:

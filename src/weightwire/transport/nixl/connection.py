@@ -20,6 +20,7 @@ from weightwire.transport.nixl.bounded import Bounded
 from weightwire.transport.nixl.endpoint import Endpoint
 from weightwire.transport.nixl.lanes import Way
 from weightwire.transport.nixl.pieces import Piece, cut
+from weightwire.transport.nixl.registration import NixlRegistration
 from weightwire.types import Span
 
 DEPTH = 4
@@ -120,7 +121,7 @@ class NixlConnection:
         with self._lock:
             self._check_open()
             if id(into) not in self._registered:  # by object: it stays alive here, so its id stays its own
-                self._agent.register(into.memory.regions)
+                self._agent.register(_registered_regions(into))
                 self._registered[id(into)] = into
         read = NixlRead(self, cut(local, remote))
         self._start(read)
@@ -205,7 +206,7 @@ class NixlConnection:
             return
         found = self._agent.transports().get(way, ())
         if probe:
-            self._probed = found
+            self._probed = found if way[1] == "cpu" else ()
         else:
             self._ways[way] = found
             _log.info("reading into %s memory from %s memory of %s over %s", *way, self._peer.agent, self.path)
@@ -229,6 +230,10 @@ class NixlConnection:
             self._reads.clear()
             self._posted.clear()
             self._registered.clear()
+
+
+def _registered_regions(into: Registration) -> Sequence[Region]:
+    return into.regions if isinstance(into, NixlRegistration) else into.memory.regions
 
 
 def tcp_is_asked_for() -> bool:

@@ -7,9 +7,9 @@ UCX prints one table for each way of reading that it chooses (``UCX_PROTO_INFO``
     | Range  | Description | Config                                    |
     | 0..inf | zero-copy   | rc_mlx5/mlx5_0:1                          |
 
-It prints to a log of the whole process, which we direct into memory of our own before UCX is loaded. Where something
-else loaded UCX first, or ``UCX_LOG_FILE`` or ``UCX_PROTO_INFO`` is set by the user, there is nothing to read and the
-answer is "unknown".
+("into cuda/GPU0 from cuda/GPU0", without "memory", where it knows the device.) It prints to a log of the whole process,
+which we direct into memory of our own before UCX is loaded. Where something else loaded UCX first, or ``UCX_LOG_FILE``
+or ``UCX_PROTO_INFO`` is set by the user, there is nothing to read and the answer is "unknown".
 """
 
 from __future__ import annotations
@@ -33,7 +33,14 @@ _HEAD = re.compile(r"\| (?P<agent>\S+) (self|intra-node|inter-node) cfg#\d+")
 _ROW = re.compile(r"\| +(?P<range>\S+) +\|(?P<how>[^|]*)\|(?P<lanes>[^|]*)\|")
 _LANE = re.compile(r"\b(?P<transport>[a-z][a-z0-9_]*)/[\w.:-]+")
 _TABLE = re.compile(r"^[|+]")
-_WAY = re.compile(r"\| remote memory read by ucp_get\*\S* into (?P<to>\S+) memory from (?P<source>\S+)")
+_WAY = re.compile(r"\| remote memory read by ucp_get\*\S* into (?P<to>\S+)(?: memory)? from (?P<source>\S+)")
+
+DEFAULTS = {"UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on"}
+"""Settings of ours, where the user has none.
+
+Left to itself UCX reads from another process's device memory only where it sees NVLink; elsewhere, also between
+processes on one device, it has the source copy to host memory and send it over TCP, a hundred times slower.
+"""
 
 Way = tuple[str, str]
 """Kinds of memory, to and from: ``("cuda", "cpu")`` reads host memory of the peer into a device of ours."""
@@ -91,7 +98,8 @@ class UcxLog:
     def agent_being_made(self) -> Iterator[None]:
         """Make an agent inside this block, one at a time: UCX reads its settings there."""
         with self._lock:
-            added = self._settings()
+            added = {**DEFAULTS, **self._settings()}
+            added = {name: value for name, value in added.items() if name not in os.environ}
             os.environ.update(added)
             try:
                 yield

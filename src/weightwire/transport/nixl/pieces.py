@@ -10,6 +10,9 @@ from weightwire.manifest.address import Segment
 MAX_BYTES = 32 * 1024 * 1024
 """Of one transfer: over cross-memory attach a transfer blocks until done, and a fence waits for it."""
 
+MAX_DEVICE_BYTES = 256 * 1024 * 1024
+"""Of one transfer into a device, which goes on by itself: a fifth of a millisecond on one device, 5 over a network."""
+
 MAX_RUNS = 2048
 """Descriptors of one transfer."""
 
@@ -30,7 +33,7 @@ class Piece:
     Attributes:
         local: our device, ``cpu`` or ``cuda:N``.
         remote: theirs.
-        runs: at most ``MAX_RUNS``, together at most ``MAX_BYTES``.
+        runs: at most ``MAX_RUNS``, together at most ``most``.
     """
 
     local: str
@@ -38,15 +41,23 @@ class Piece:
     runs: list[Run] = field(default_factory=list)
     nbytes: int = 0
 
+    @property
+    def most(self) -> int:
+        """Bytes that it may hold."""
+        return MAX_BYTES if self.local == "cpu" else MAX_DEVICE_BYTES
+
     def takes(self, local: Segment, remote: Segment) -> bool:
         """Whether another run between these two fits in."""
-        room = self.nbytes < MAX_BYTES and len(self.runs) < MAX_RUNS
+        room = self.nbytes < self.most and len(self.runs) < MAX_RUNS
         return room and (self.local, self.remote) == (local.device, remote.device)
 
     def add(self, run: Run) -> None:
-        """Append ``run``, joined to the last one where they follow each other on both sides."""
+        """Append ``run``, joined to the last one where they follow each other on both sides.
+
+        Not where a device is involved: what follows may be another allocation, which has another key.
+        """
         self.nbytes += run.nbytes
-        last = self.runs[-1] if self.runs else None
+        last = self.runs[-1] if self.runs and self.local == self.remote == "cpu" else None
         if last and last.local + last.nbytes == run.local and last.remote + last.nbytes == run.remote:
             self.runs[-1] = Run(last.local, last.remote, last.nbytes + run.nbytes)
         else:
@@ -63,7 +74,7 @@ def cut(local: Sequence[Segment], remote: Sequence[Segment]) -> Iterator[Piece]:
             if piece is not None:
                 yield piece
             piece = Piece(to.device, source.device)
-        nbytes = min(to.nbytes, source.nbytes, MAX_BYTES - piece.nbytes)
+        nbytes = min(to.nbytes, source.nbytes, piece.most - piece.nbytes)
         piece.add(Run(to.address, source.address, nbytes))
         to, source = _rest(to, nbytes) or next(ours, None), _rest(source, nbytes) or next(theirs, None)
     if piece is not None:

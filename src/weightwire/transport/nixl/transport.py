@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import secrets
@@ -11,46 +12,21 @@ import weakref
 from typing import ClassVar
 
 from weightwire.auth import Secret
-from weightwire.errors import ConfigError, FenceTimeout, PeerLost, TransferError
+from weightwire.errors import ConfigError, FenceTimeout, PeerLost, TransferError, WeightwireError
 from weightwire.manifest.address import AddressSpace
 from weightwire.transport.base import ReadGate, Registration
 from weightwire.transport.nixl import agent as nixl_agent
 from weightwire.transport.nixl import exit as process_exit
 from weightwire.transport.nixl.agent import Agent
-from weightwire.transport.nixl.bounded import Bounded
 from weightwire.transport.nixl.connection import NixlConnection
 from weightwire.transport.nixl.endpoint import Endpoint
+from weightwire.transport.nixl.registration import NixlRegistration, registrable
 
 CLOSE_S = 5.0
 ABANDON_S = 1.0
 """How long a failed ``connect`` waits for its agent to end; after that it ends in the background."""
 
 _log = logging.getLogger(__name__)
-
-
-class NixlRegistration:
-    """Memory of this transport; compares by identity.
-
-    Where the transport serves, it is registered with a serving agent of its own: ending that agent withdraws this
-    registration and nothing else, and no key outlives it (nor is any found again by an address).
-    """
-
-    def __init__(self, memory: AddressSpace, server: Agent | None) -> None:
-        self._memory = memory
-        self.server = server
-        self.metadata = server.metadata() if server else b""
-        name = server.name if server else "none"
-        self.withdrawal = Bounded(f"nixl-end-{name}", self._end)
-        self.live = True
-
-    @property
-    def memory(self) -> AddressSpace:
-        """The registered memory, kept alive by this object."""
-        return self._memory
-
-    def _end(self) -> None:
-        if self.server is not None:
-            self.server.destroy()
 
 
 class NixlTransport:
@@ -97,6 +73,12 @@ class NixlTransport:
         self._connections: weakref.WeakSet[NixlConnection] = weakref.WeakSet()
         self._closed = False
         process_exit.close_at_exit(self)
+        _begin_warming_up()
+
+    @property
+    def streams(self) -> int:
+        """How many connections to one peer pay: a single one keeps any wire busy, and each needs an agent."""
+        return 1
 
     @property
     def name(self) -> str:
@@ -108,16 +90,16 @@ class NixlTransport:
 
         A reader's memory is registered with each connection that reads into it, by its first ``read``.
         """
-        _check_devices(memory)
+        regions = registrable(memory)
         server: Agent | None = None
         if self._serves:
             server = Agent(f"{self._incarnation}/s{next(self._counter)}", serves=True)
             try:
-                server.register(memory.regions)
+                server.register(regions)
             except TransferError:
                 server.destroy()
                 raise
-        registration = NixlRegistration(memory, server)
+        registration = NixlRegistration(memory, regions, server)
         with self._lock:
             if self._closed:
                 raise TransferError("this nixl transport is closed", "make a new one")
@@ -206,17 +188,26 @@ class NixlTransport:
             raise failed
 
 
+_warmed = threading.Lock()
+
+
+def _begin_warming_up() -> None:
+    """Once a process, in a thread of its own, while whoever made the transport finds out what to read."""
+    if _warmed.acquire(blocking=False):  # never released
+        thread = threading.Thread(target=_warm_up, name="nixl-warm-up", daemon=True)
+        thread.start()
+        atexit.register(thread.join, CLOSE_S)  # an exit in the middle of it could crash
+
+
+def _warm_up() -> None:
+    try:
+        nixl_agent.warm_up()
+    except WeightwireError as error:
+        _log.debug("warming up: %s", error)  # whoever needs an agent is told
+
+
 def _abandon(connection: NixlConnection) -> None:
     try:
         connection.fence(time.monotonic() + ABANDON_S)
     except FenceTimeout as error:  # nothing was read but into its own scratch memory
         _log.warning("a failed connection is still ending: %s", error)
-
-
-def _check_devices(memory: AddressSpace) -> None:
-    regions = [region for region in memory.regions if region.device != "cpu"]
-    if not regions:
-        return
-    from weightwire.transport import device  # noqa: PLC0415  # torch is imported only where memory is on a device
-
-    device.check_registrable(regions)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from weightwire.errors import FenceTimeout, GenerationMoved, PeerLost, PeerStalled, ProtocolError, TransferError
 from weightwire.manifest.address import Segment
 from weightwire.transport.base import Registration
-from weightwire.transport.landing import Landing, Stage
+from weightwire.transport.landing import Landing, Staging
 from weightwire.transport.tcp import frames
 from weightwire.transport.tcp.stream import BUFFERS, OverdueError, Stream
 from weightwire.types import Span
@@ -77,7 +77,7 @@ class TcpConnection:
         self.peer = peer
         self._tell = fenced
         self._stream = stream
-        self._stage = Stage()
+        self._staging = Staging()
         self._state = threading.Condition()
         self._busy = False  # a thread is inside the stream, perhaps writing to target memory
         self._ended = ""  # why nothing more can be read, once it is so
@@ -178,11 +178,15 @@ class TcpConnection:
     def _receive_part(self, part: _Part, deadline: float) -> None:
         if part.landing is None:
             status = self._receive_head(part.request, deadline)
-            part.landing = Landing(part.segments if status is frames.Status.OK else [], self._stage)
+            part.landing = Landing(part.segments if status is frames.Status.OK else [], self._staging)
         else:
             status = frames.Status.OK
-        while buffers := part.landing.buffers(BUFFERS):
-            part.landing.advance(self._receive(buffers, deadline))
+        try:
+            while buffers := part.landing.buffers(BUFFERS):
+                part.landing.advance(self._receive(buffers, deadline))
+        except BaseException:
+            part.landing.settle()  # nothing is written once this connection is left alone
+            raise
         self._sent.popleft()
         part.read.part_ended(status)
         self._send_requests()

@@ -15,7 +15,7 @@ from weightwire.errors import ConfigError, GenerationMoved, ProtocolError, Weigh
 from weightwire.manifest.address import Segment
 from weightwire.transport import memory
 from weightwire.transport.base import ReadGate
-from weightwire.transport.landing import Stage
+from weightwire.transport.landing import Staging, leaving
 from weightwire.transport.ledger import Ledger
 from weightwire.transport.tcp import frames
 from weightwire.transport.tcp.frames import Request, Status
@@ -85,7 +85,7 @@ class Session:
         self.peer = peer
         self.stream = Stream(accepted, dead_host_s=settings.dead_host_s, send_s=settings.send_stall_s)
         self._service = service
-        self._stage = Stage()
+        self._staging = Staging()
 
     def greet(self) -> bytes | None:
         """The client's lease, once it has proved that it holds the secret; None if it did not."""
@@ -129,15 +129,8 @@ class Session:
             self.stream.send(deque([head, *memory.views(segments)]))
             return
         self.stream.send(deque([head]))
-        for run in memory.runs(segments):
-            self.stream.send(self._host_bytes(run))
-
-    def _host_bytes(self, run: list[Segment]) -> deque[memoryview]:
-        if memory.on_host(run):
-            return memory.views(run)
-        staged = self._stage.take(sum(segment.nbytes for segment in run))
-        memory.load(run, staged)
-        return deque([staged])
+        for buffers in leaving(segments, self._staging):
+            self.stream.send(buffers)
 
 
 class Server:
