@@ -46,6 +46,7 @@ def test_every_block_is_where_the_table_says(cuts: list[int], spans: list[tuple[
     for row, at, address, nbytes in zip(*(column.tolist() for column in _columns(found)), strict=True):
         gathered[row][at : at + nbytes] = view(address, nbytes)
     assert [bytes(block) for block in gathered] == expected
+    assert int(found.nbytes.sum()) == sum(map(len, expected))  # nothing twice, nothing beyond a segment
 
 
 def _columns(pieces: object) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
