@@ -26,6 +26,7 @@ READS_ENVIRONMENT = {
     "cli/__init__.py": "gRPC's own log level, which it takes from nowhere else",
     "auth.py": "where the user keeps state (XDG_STATE_HOME)",
     "runtime/distributed.py": "ranks, as torchrun and mpirun tell them",
+    "engines/vllm/identity.py": "vLLM's own switches that choose kernels",
     "engines/native/smollm2.py": "where the user keeps caches (XDG_CACHE_HOME)",
     "transport/nixl/agent.py": "NIXL's own settings, which it takes from nowhere else",
     "transport/nixl/connection.py": "UCX's own settings, which it takes from nowhere else",

@@ -7,6 +7,7 @@ binding change nothing. Tensors are grouped by the bytes that they cover; ties a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +29,7 @@ from weightwire.manifest.plan import MAX_NAME_CHARS
 from weightwire.manifest.records import Layout
 from weightwire.manifest.relations import Member, relate
 from weightwire.manifest.tree import Hidden, Origin, Slot, module_paths, slots
-from weightwire.types import TensorClass
+from weightwire.types import State, TensorClass
 
 POISON = 0xA5
 _COMPARE_BYTES = 16 << 20
@@ -103,6 +104,14 @@ class Catalogue:
             ManifestMismatch: an entry of ``layout`` is none of this module's, or has another size.
         """
         return bind(self.layout, self.footprints, self.tensors, layout)
+
+    def declare(self, state: State) -> None:
+        """Add state that the modules do not export themselves; legal before the layout is used.
+
+        Args:
+            state: as in ``Layout.state``; wins over what a module exports under the same path.
+        """
+        self.layout = dataclasses.replace(self.layout, state={**self.layout.state, **state})
 
     def restore_references(self) -> None:
         """Copy every entry to its mirrors; a target calls it once its entries are filled and verified."""

@@ -64,15 +64,15 @@ class Snapshot:
         change anything below it.
         """
         before = own_tensors(module)
-        raw = {name: tensor for name, tensor in before.items() if _pointer(tensor) in self.published}
+        raw = {name: _Place.of(tensor) for name, tensor in before.items() if _pointer(tensor) in self.published}
         clones = self._detach(_may_change(module, before))
         try:
             yield
         finally:
             self._settle(clones)
+            kept = {clone.original.data_ptr(): clone.copy.data_ptr() for clone in clones}
             after = own_tensors(module)
-            gone = [tensor for name, tensor in raw.items() if after.get(name) is not tensor]
-            self.held.replaced += sum(map(_bytes_of, gone))
+            self.held.replaced += sum(place.nbytes for name, place in raw.items() if place.left(after.get(name), kept))
 
     def _detach(self, tensors: list[torch.Tensor]) -> list[_Clone]:
         pointers = {_pointer(tensor) for tensor in tensors} & self.published
@@ -92,6 +92,22 @@ class Snapshot:
                 self.held.in_place += clone.nbytes
             else:
                 clone.revert()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor was before its module's transform; the transform may give the same object other memory."""
+
+    pointer: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Place:
+        return cls(_pointer(tensor), _bytes_of(tensor))
+
+    def left(self, now: torch.Tensor | None, clones: Mapping[int, int]) -> bool:
+        """Whether ``now`` is neither there nor in the clone of it (``clones``: pointer of original -> of clone)."""
+        return now is None or _pointer(now) not in (self.pointer, clones.get(self.pointer))
 
 
 @dataclass(frozen=True, kw_only=True)

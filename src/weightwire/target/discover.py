@@ -29,7 +29,14 @@ from weightwire.target.offer import Choice, Offer, Want
 from weightwire.target.reader import Reader
 from weightwire.target.session import contact
 from weightwire.types import Coordinates, Json, Stage
-from weightwire.wire.messages import Candidate, FindReplicas, FindShard, ManifestHeader
+from weightwire.wire.messages import (
+    Candidate,
+    FindReplicas,
+    FindShard,
+    LoadingReplica,
+    ManifestHeader,
+    PublicationState,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +45,9 @@ POLL_S = 0.25
 
 QUIET_S = 20.0
 """A loading replica may construct its model for so long without a byte moving."""
+
+HELD_QUIET_S = 180.0
+"""A replica that has its bytes may warm up and capture graphs for so long before it offers them."""
 
 MARGIN_S = 30.0
 """What the other ranks wait longer than the leader may take."""
@@ -149,11 +159,13 @@ class Discovery:
             return False
         if outcome.warming_s > 0 and not self.want.has_disk:
             return True
-        bound = max(QUIET_S, self.reader.stall_s)
-        ahead = [item for item in outcome.loading if item.earlier and item.live and item.quiet_s <= bound]
+        ahead = [item for item in outcome.loading if item.earlier and item.live and item.quiet_s <= self._quiet(item)]
         if ahead:
             self.progress("wait", int(max(item.fraction for item in ahead) * 100), 100, "percent")
         return bool(ahead)
+
+    def _quiet(self, item: LoadingReplica) -> float:
+        return HELD_QUIET_S if item.state is PublicationState.HELD else max(QUIET_S, self.reader.stall_s)
 
 
 def fetch_manifest(

@@ -32,7 +32,7 @@ from weightwire.target.session import PeerSession
 from weightwire.target.worklist import WorkList, chunked
 from weightwire.transport.base import Registration
 from weightwire.types import Json, TensorClass
-from weightwire.wire.messages import Candidate
+from weightwire.wire.messages import Candidate, ManifestHeader
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class Receiver:
         want: what is asked for.
         group: the ranks that decide together; its epoch belongs to this load alone.
         progress: see ``observability.progress``.
+        poison: overwrite everything before the first byte (a debugging aid: what was not filled then shows).
         report: filled as the load goes on; complete when ``fill`` returns or raises.
     """
 
@@ -53,6 +54,7 @@ class Receiver:
     want: Want
     group: Group
     progress: Progress = silent
+    poison: bool = False
     report: LoadReport = field(default_factory=LoadReport)
     _offer: Offer | None = None
     _declined: WeightwireError | None = None
@@ -103,6 +105,8 @@ class Receiver:
         with self.report.phase("plan"):
             agreed = self._agree(catalogue, self._offer.manifest)
         kept = catalogue.save(_not_refillable(catalogue))
+        if self.poison:
+            catalogue.poison()
         began = time.monotonic()
         try:
             self._pull(catalogue, agreed)
@@ -124,6 +128,12 @@ class Receiver:
         self.report.content_id = agreed.manifest.content_id
         self.report.manifest = agreed.manifest
         return self.report
+
+    @property
+    def header(self) -> ManifestHeader:
+        """What came with the manifest. Legal after ``find``."""
+        assert self._offer is not None
+        return self._offer.header
 
     @property
     def manifest(self) -> Manifest:
