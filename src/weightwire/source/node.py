@@ -15,6 +15,7 @@ from weightwire.metadata.api import Keeping, Metadata
 from weightwire.observability.metrics import SERVED, Metrics, process_metrics
 from weightwire.source.described import Claim
 from weightwire.source.publication import Publication
+from weightwire.source.scrub import Scrub
 from weightwire.transport.base import ReadGate, Registration, Transport
 from weightwire.transport.host import host_id
 from weightwire.types import Span
@@ -40,6 +41,10 @@ class Node:
         open_transports: see :data:`Transports`.
         bind: address that the peer endpoint listens on.
         advertise: address or name under which other hosts reach it.
+        metrics: of the process, where left out.
+
+    Attributes:
+        scrub: of everything that it offers.
 
     Raises:
         ConfigError: an address cannot be listened on.
@@ -70,6 +75,8 @@ class Node:
         self.endpoints: tuple[str, ...] = (f"{host}:{self._server.port}",)
         self._ticker = threading.Thread(target=self._tick, name="weightwire-tick", daemon=True)
         self._ticker.start()
+        self.scrub = Scrub(publications=self._by_key)
+        threading.Thread(target=self.scrub.run, args=(self._closing,), name="weightwire-scrub", daemon=True).start()
 
     def announce(self, claim: Claim) -> Publication:
         """Tell the metadata server that this shard is being loaded here; bytes follow with ``hold`` and ``offer``.
@@ -152,8 +159,11 @@ class Node:
         raise GenerationMoved("the read lease is over", "open a new one; the source may have withdrawn")
 
     def _all(self) -> list[Publication]:
+        return list(self._by_key().values())
+
+    def _by_key(self) -> dict[str, Publication]:
         with self._lock:
-            return list(self._publications.values())
+            return dict(self._publications)
 
     def _tick(self) -> None:
         while not self._closing.wait(TICK_S):

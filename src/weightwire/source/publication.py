@@ -17,8 +17,7 @@ from torch import nn
 
 from weightwire.errors import GenerationMoved, ProtocolError, PublishError, TransferError, WeightwireError
 from weightwire.manifest.address import AddressSpace
-from weightwire.manifest.digest import digest_span
-from weightwire.manifest.records import Manifest
+from weightwire.manifest.records import Layout, Manifest
 from weightwire.metadata import lifecycle
 from weightwire.metadata.api import Keeping, Metadata
 from weightwire.metadata.lifecycle import Life
@@ -26,6 +25,7 @@ from weightwire.observability.metrics import Metrics
 from weightwire.source import described
 from weightwire.source.described import Claim, Holding
 from weightwire.source.leases import LeaseTable, ReadLease
+from weightwire.source.scrub import digest_aside, tensors_of
 from weightwire.source.snapshot import Held, Snapshot, storages
 from weightwire.transport.base import Registration, Transport
 from weightwire.types import Json
@@ -47,6 +47,8 @@ LEASE_TTL_S = 30.0
 """A reader that shows no sign of life for so long has gone."""
 DRAIN_S = 10.0
 """What readers get to finish before they are cut off."""
+CHECK_S = 10.0
+"""What one leaf that is being digested again gets to finish before its memory is given back: it takes milliseconds."""
 PROGRESS_BEAT_S = 1.0
 """Between two signs of life on a progress stream; well below any reader's stall bound."""
 
@@ -86,6 +88,7 @@ class Publication:
         self._life = Life()
         self._lock = threading.RLock()
         self._quiet = threading.Event()
+        self._checking = threading.Lock()  # held while a leaf is digested again; taken before ``_lock``
         self._holding: Holding | None = None
         self._registrations: dict[str, Registration] = {}
         self._retraction: lifecycle.Retract | None = None
@@ -146,6 +149,8 @@ class Publication:
             weights_id: of the replica with the new bytes, if they changed.
         """
         with self._lock:
+            if self.over:  # before anything is registered: a failed recheck withdraws by itself
+                raise PublishError("a withdrawn shard cannot be resumed", "publish it anew")
             holding = self._held_now()
             if manifest is not None:
                 holding = Holding(manifest=manifest, memory=holding.memory, weights_id=weights_id)
@@ -175,6 +180,12 @@ class Publication:
     def state(self) -> PublicationState:
         """As announced."""
         return self._life.state
+
+    @property
+    def offered(self) -> Layout | None:
+        """Of what may be read now; ``None`` while nothing may."""
+        with self._lock:
+            return self._holding.manifest.layout if self._holding and self._life.admits else None
 
     @property
     def served(self) -> list[str]:
@@ -246,32 +257,44 @@ class Publication:
             return described.record(self.claim, self._holding, self._life, where, self._done, len(self.leases))
 
     def recheck(self, leaf: int) -> bool:
-        """Digest one leaf again; at the first difference everything is withdrawn.
+        """Digest one leaf again, reported or in turn (``source.scrub``); at the first difference all is withdrawn.
 
         Raises:
-            GenerationMoved: nothing is published.
+            GenerationMoved: nothing is offered, or it ended meanwhile: bytes may change then.
             ProtocolError: no such leaf.
         """
-        holding = self._holding
-        if holding is None:
-            raise GenerationMoved("nothing is published", "ask for another source")
-        leaves = holding.manifest.layout.leaves
-        if not 0 <= leaf < len(leaves):
-            raise ProtocolError(f"there is no leaf {leaf}", f"leaves count from 0 to {len(leaves) - 1}")
-        if digest_span(holding.memory, leaves[leaf].span) == holding.manifest.digest(leaf):
-            return True
-        log.error("leaf %d is no longer what was published: withdrawing %s", leaf, self.claim.shard_key[:12])
-        threading.Thread(target=self.withdraw, name="weightwire-withdraw", daemon=True).start()
+        with self._checking:
+            with self._lock:
+                holding, generation = self._offered(), self._life.generation
+            layout, manifest = holding.manifest.layout, holding.manifest
+            if not 0 <= leaf < len(layout.leaves):
+                raise ProtocolError(f"there is no leaf {leaf}", f"leaves count from 0 to {len(layout.leaves) - 1}")
+            if digest_aside(holding.memory, layout.leaves[leaf].span) == manifest.digest(leaf):
+                return True
+            with self._lock:
+                if self._offered() is not holding or self._life.generation != generation:
+                    raise GenerationMoved("the bytes were about to change", "ask for sources again")
+                self._quiet.clear()
+                self._apply(lifecycle.SelfCheckFailed(time.monotonic(), 0.0))  # readers gain nothing from bad bytes
+        log.error(
+            "leaf %d (%s) is no longer what was published: withdrawing %s; publish again what the model holds now",
+            leaf,
+            tensors_of(layout, leaf),
+            self.claim.shard_key[:12],
+        )
+        threading.Thread(target=self.withdraw, args=(0.0,), name="weightwire-withdraw", daemon=True).start()
         return False
 
     def tick(self) -> None:
         """Let time pass: leases expire, a raw hold ends. Called by the node every second or so."""
-        now = time.monotonic()
-        for token, used in self.leases.used().items():
-            if self._life.admits or token in self._life.readers:
-                self._apply(lifecycle.ReaderOpened(now, token, used + LEASE_TTL_S))
-        self._apply(lifecycle.Tick(now))
-        if self._retraction is not None:  # a raw hold ended
+        with self._lock:  # a failed recheck may end it at any moment
+            now, published = time.monotonic(), self._life.published
+            for token, used in self.leases.used().items():
+                if self._life.admits or token in self._life.readers:
+                    self._apply(lifecycle.ReaderOpened(now, token, used + LEASE_TTL_S))
+            self._apply(lifecycle.Tick(now))
+            ended = published and not self._life.published
+        if ended:  # a raw hold
             self.withdraw()
 
     # ---- inside
@@ -315,8 +338,13 @@ class Publication:
 
     def _await_quiet(self, drain_s: float) -> None:
         until = time.monotonic() + drain_s
-        while not self._quiet.wait(0.02):
+        while not self._life.quiet:
+            self._quiet.wait(0.02)
             self._apply(lifecycle.Tick(time.monotonic()))
+        if self._checking.acquire(timeout=CHECK_S):  # a leaf that is being digested; no other one is begun
+            self._checking.release()
+        else:
+            log.error("a leaf is still being digested after %.0f s; its memory must stay", CHECK_S)
         self.leases.serve({})
         for name, registration in self._registrations.items():
             self._home.transports[name].deregister(registration, max(until, time.monotonic() + 1.0))
