@@ -36,6 +36,8 @@ from weightwire.types import Role, Stage
 
 log = logging.getLogger("vllm.weightwire.load")
 
+SLEEP_BACKEND = "weightwire"
+"""Taken up by the worker at its first sleep; vLLM 0.32 has no option to name one."""
 RAW_BUDGET, PROCESSED = "raw budget", "processed"
 """Steps at which the workers vote, besides those of receiving and publishing."""
 
@@ -242,6 +244,8 @@ class Load:
                 ordinal=self._ordinal,
             )
         if self.published is not None and self.published.published:
+            if self.config.model_config.sleep_mode_backend == "cumem":  # vLLM's default, which ours wraps
+                self.config.model_config.sleep_mode_backend = SLEEP_BACKEND
             _say_published(self.published)
             expected = Expectation.of(self.config, self.options.quiet_s, os.environ)
             self.serving.offer_when_ready(self.options.settings, expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor import model_loader
 
@@ -12,6 +13,7 @@ from weightwire.engines.vllm.readiness import mark_launch
 
 LOAD_FORMAT = "presharded"
 TRANSFER_BACKEND = "weightwire"
+SLEEP_BACKEND = "weightwire"
 
 
 def register() -> None:
@@ -20,6 +22,9 @@ def register() -> None:
     known: dict[str, type] = model_loader._LOAD_FORMAT_TO_MODEL_LOADER  # noqa: SLF001  (vLLM offers no way to ask)
     if known.get(LOAD_FORMAT) is not PreshardedLoader:
         model_loader.register_model_loader(LOAD_FORMAT)(PreshardedLoader)
+    if SLEEP_BACKEND not in SleepModeBackendFactory._registry:  # noqa: SLF001  (as above)
+        module = "weightwire.engines.vllm.sleep"
+        SleepModeBackendFactory.register_backend(SLEEP_BACKEND, module, "PublishingSleepBackend")
     if TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:  # noqa: SLF001  (as above)
         WeightTransferEngineFactory.register_engine(
             TRANSFER_BACKEND, "weightwire.engines.vllm.refresh", "RefreshEngine"

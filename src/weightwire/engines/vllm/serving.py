@@ -61,6 +61,7 @@ class Serving:
         self.fell_back: set[Role] = set()
         self._members: dict[Settings, Member] = {}
         self._publications: dict[Role, Publication] = {}
+        self._paused: list[Publication] = []
         self._readiness: Readiness | None = None
         self._expected: Expectation | None = None
         self._lock = threading.RLock()
@@ -102,6 +103,26 @@ class Serving:
             decisions = ServerDecisions(self.member(settings).metadata)
             self._readiness = Readiness(decisions, self._expected, self._offer)
 
+    def pause(self) -> None:
+        """Return once nobody reads and nobody can; the bytes may go away until ``resume``. Idempotent."""
+        for publication in self._live():
+            publication.pause()
+            self._paused.append(publication)
+
+    def resume(self) -> None:
+        """After ``pause``: offer again what came back, and digest it; at the first difference it is withdrawn.
+
+        Readers that come before that digest for themselves.
+        """
+        paused, self._paused = self._paused, []
+        for publication in paused:
+            if publication.over:
+                continue
+            publication.resume()
+            layout = publication.offered
+            leaves = range(len(layout.leaves)) if layout else range(0)
+            all(publication.recheck(leaf) for leaf in leaves)
+
     def withdraw(self, role: Role | None = None, drain_s: float | None = None) -> None:
         """Stop serving one role, or everything; returns when the bytes may change. Idempotent."""
         with self._lock:
@@ -121,11 +142,14 @@ class Serving:
         for member in members:
             member.close()
 
-    def _offer(self) -> None:
+    def _live(self) -> list[Publication]:
         with self._lock:
-            held = {role: each for role, each in self._publications.items() if not each.over}
-        for role, publication in held.items():
+            return [each for each in self._publications.values() if not each.over]
+
+    def _offer(self) -> None:
+        for publication in self._live():
             publication.offer()
+            role = publication.claim.identity.role
             log.info("weightwire: the engine is ready; the %s model is offered to others", role.value)
 
 
