@@ -29,12 +29,12 @@ from weightwire.metadata.server.app import EmbeddedServer, ServerSettings
 from weightwire.source.described import Claim, Holding
 from weightwire.source.publication import Publication
 from weightwire.source.publish import publish_shard
-from weightwire.source.scrub import IDLE_S, Pace, Rounds, Scrub, tensors_of
+from weightwire.source.scrub import Pace, Rounds, Scrub, tensors_of
 from weightwire.types import Coordinates, Span, TensorClass
 from weightwire.wire.messages import OpenRead, PublicationState
 
 MIB = 1 << 20
-AT_ONCE = Pace(rate=1e12, share=1.0, pass_s=0.0)
+AT_ONCE = Pace(rate=1e12, share=1.0, pass_s=0.0, idle_s=0.001)
 PAUSES = 40
 
 
@@ -105,7 +105,7 @@ def test_leaves_that_are_dear_come_so_rarely_that_one_percent_of_a_core_is_kept(
 
 
 def test_where_nothing_is_offered_it_looks_again_later() -> None:
-    assert Scrub(publications=dict).step() == IDLE_S
+    assert Scrub(publications=dict).step() == Pace().idle_s
 
 
 def test_a_leaf_is_named_by_the_tensors_in_it() -> None:
@@ -246,8 +246,9 @@ def test_h29_bytes_that_stay_are_never_withdrawn(member: Member) -> None:
 
 def test_h29_bytes_may_change_while_it_is_paused(member: Member) -> None:
     """Also while a leaf is being digested at the moment of the pause: that result does not count."""
-    model = Encoder(8, 1)
-    publication, _ = published(member, model)
+    model, counter = Encoder(8, 1), Counter(member)
+    publication, what = published(member, model)
+    counter.passes(what, 1)
     for _ in range(PAUSES):
         time.sleep(0.003)
         publication.pause()
@@ -278,7 +279,7 @@ def test_h29_what_is_held_is_left_alone_and_scrubbed_once_it_is_offered(member: 
     model, counter = Encoder(8, 1), Counter(member)
     publication, _ = published(member, model, hold=True)
     changed_in_place(model, "big.weight")
-    time.sleep(IDLE_S * 1.5)
+    time.sleep(1.5)
     assert publication.state is PublicationState.HELD
     assert counter.calls == 0
     publication.offer()
@@ -308,7 +309,8 @@ class Sluggish(AddressSpace):
 def test_h29_memory_is_given_back_only_when_no_leaf_of_it_is_being_digested(
     member: Member, end: Callable[[Publication], None]
 ) -> None:
-    publication, what = announced(member), described(Encoder(8, 1))
+    model = Encoder(8, 1)
+    publication, what = announced(member), described(model)
     manifest = Manifest(layout=what.layout, digests=digest_leaves(what.memory, what.layout.leaves))
     memory = Sluggish(what.memory)
     publication.hold(Holding(manifest=manifest, memory=memory, weights_id="b" * 64))
@@ -319,11 +321,13 @@ def test_h29_memory_is_given_back_only_when_no_leaf_of_it_is_being_digested(
     ending.join(0.5)
     assert ending.is_alive()
     assert not publication.state.readable
+    model.big.weight.data.neg_()
     memory.go.set()
     ending.join(20)
     assert not ending.is_alive()
+    assert publication.over == (end is Publication.withdraw), "what was digested after the end does not count"
     asked = memory.asked
-    time.sleep(IDLE_S * 1.2)
+    time.sleep(0.5)
     assert memory.asked == asked, "scrubbed although nobody may read it"
 
 

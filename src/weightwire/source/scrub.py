@@ -25,8 +25,6 @@ from weightwire.types import Span
 
 log = logging.getLogger(__name__)
 
-IDLE_S = 1.0
-"""Between two looks while nothing is offered."""
 BROKEN_S = 60.0
 """After an error that nobody foresaw."""
 SHOWN = 3
@@ -42,11 +40,13 @@ class Pace:
             take nine minutes.
         share: of one core, by the CPU time that a leaf took, where digesting is dearer than that.
         pass_s: one pass over everything takes at least so long; small shards need no more.
+        idle_s: between two looks while nothing is offered.
     """
 
     rate: float = 32 * 2**20
     share: float = 0.01
     pass_s: float = 30.0
+    idle_s: float = 1.0
 
     def rest(self, nbytes: int, total: int, took: float) -> float:
         """Seconds to let pass after a leaf.
@@ -119,7 +119,7 @@ class Scrub:
         chosen = self._rounds.take({key: len(layout.leaves) if layout else 0 for key, layout in layouts.items()})
         layout = layouts[chosen[0]] if chosen else None
         if chosen is None or layout is None:
-            return IDLE_S
+            return self.pace.idle_s
         key, leaf = chosen
         before = self.cpu()
         with contextlib.suppress(WeightwireError):  # it was paused or withdrawn in this very moment
@@ -129,7 +129,7 @@ class Scrub:
 
     def run(self, stop: threading.Event) -> None:
         """Go on until ``stop``: the body of the thread."""
-        rest = IDLE_S
+        rest = self.pace.idle_s
         while not stop.wait(rest):
             try:
                 rest = self.step()
