@@ -103,7 +103,8 @@ def _revision(model_config: ModelConfig, options: Options) -> str | None:
     """The operator's word, else the commit that the Hub resolved the name to, else what vLLM was told."""
     if options.revision:
         return options.revision
-    found = getattr(model_config.hf_config, "_commit_hash", None) or model_config.revision
+    # of a Hub model this is a str that says "main" and knows the commit
+    found = getattr(model_config.revision, "resolved", None) or model_config.revision
     return str(found) if found else None
 
 
