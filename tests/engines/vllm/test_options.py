@@ -57,9 +57,10 @@ def test_the_secrets_file_may_be_named() -> None:
         ({"on_miss": "maybe"}, "on_miss cannot be 'maybe'"),
         ({"fallback_load_format": "presharded"}, "cannot be presharded itself"),
         ({"model_id": 7}, "model_id cannot be 7"),
+        ("url=h:1", "no JSON object"),
     ],
 )
-def test_what_is_wrong_is_named(extra: dict[str, Any], said: str) -> None:
+def test_what_is_wrong_is_named(extra: Any, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Options.from_extra(extra)
     assert said in str(caught.value)

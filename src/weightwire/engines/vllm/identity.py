@@ -34,6 +34,8 @@ def identities(
     Raises:
         ConfigError: a model without a name or without ``config.json``.
     """
+    if config.offload_config.uva.cpu_offload_gb > 0 or config.offload_config.prefetch.offload_group_size > 0:
+        raise ConfigError("weights that are offloaded to host memory are not carried yet", "turn offloading off")
     raw = _file("config.json", model_config)
     if raw is None:
         raise ConfigError(f"{model_config.model} has no config.json", "load this model with another load format")

@@ -32,14 +32,14 @@ from weightwire.target.discover import give_up
 from weightwire.target.offer import Want
 from weightwire.target.receiver import Receiver
 from weightwire.target.report import LoadReport
-from weightwire.types import Role, Stage
+from weightwire.types import Json, Role, Stage
 
 log = logging.getLogger("vllm.weightwire.load")
 
 SLEEP_BACKEND = "weightwire"
 """Taken up by the worker at its first sleep; vLLM 0.32 has no option to name one."""
-RAW_BUDGET, PROCESSED = "raw budget", "processed"
-"""Steps at which the workers vote, besides those of receiving and publishing."""
+RAW_BUDGET, PROCESSED, READY = "raw budget", "processed", "readiness"
+"""Steps at which the workers agree, besides those of receiving and publishing."""
 
 
 @dataclass(kw_only=True)
@@ -138,7 +138,7 @@ class Load:
         want = Want(
             stages={stage: self.identities[stage] for stage in settings.stages},
             coordinates=self.place.coordinates,
-            pinned=self.options.weights_id,
+            pinned=self.options.weights_id if self.role is Role.TARGET else "",
             latest=self.options.latest,
             accept_unpinned=settings.accept_unpinned,
             replica_incarnation=self._life,
@@ -247,8 +247,7 @@ class Load:
             if self.config.model_config.sleep_mode_backend == "cumem":  # vLLM's default, which ours wraps
                 self.config.model_config.sleep_mode_backend = SLEEP_BACKEND
             _say_published(self.published)
-            expected = Expectation.of(self.config, self.options.quiet_s, os.environ)
-            self.serving.offer_when_ready(self.options.settings, expected)
+            self.serving.offer_when_ready(self.options.settings, self._expectation())
 
     # ---- inside
 
@@ -270,6 +269,19 @@ class Load:
     @property
     def _weights_id(self) -> str:
         return self.published.weights_id if self.published else self.report.weights_id if self._received else ""
+
+    def _expectation(self) -> Expectation:
+        """Whose word says that the engine is ready: worker 0's view, whose host has the front end."""
+        mine = Expectation.of(self.config, self.options.quiet_s, os.environ)
+        told: Json = [mine.key, mine.patience_s]
+        if self.group.rank == 0:
+            agreed = self.group.once(READY, told)
+        else:
+            agreed = self.group.follow(READY, self.group.vote_s, told)
+        match agreed:
+            case [str(key), float(patience_s)]:
+                return Expectation(key, patience_s)
+        return mine
 
     def _decline(self, error: WeightwireError, *, tell: bool = True) -> None:
         """A step down: tell the other workers, take note; the end, where nothing else is to be read."""

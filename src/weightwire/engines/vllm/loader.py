@@ -36,10 +36,11 @@ class PreshardedLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not in
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
-        extra = load_config.model_loader_extra_config
-        if not isinstance(extra, dict):
-            raise ConfigError("model_loader_extra_config is no JSON object", 'give {"url": "host:port"}')
-        self.options = Options.from_extra(extra)
+        try:
+            self.options = Options.from_extra(load_config.model_loader_extra_config)
+        except ConfigError as error:
+            log.error("weightwire: %s", error)  # noqa: TRY400  (as in ``load_model``)
+            raise
         self._load: Load | None = None
 
     def download_model(self, model_config: ModelConfig) -> None:

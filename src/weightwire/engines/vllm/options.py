@@ -48,12 +48,14 @@ class Options:
     poison: bool = False
 
     @classmethod
-    def from_extra(cls, extra: Mapping[str, Any]) -> Self:
+    def from_extra(cls, extra: Any) -> Self:
         """Options from ``model_loader_extra_config`` and the environment.
 
         Raises:
-            ConfigError: an unknown key, an illegal value, or a secret (vLLM prints all of this).
+            ConfigError: no mapping, an unknown key, an illegal value, or a secret (vLLM prints all of this).
         """
+        if not isinstance(extra, Mapping):
+            raise ConfigError("model_loader_extra_config is no JSON object", 'give {"url": "host:port"}')
         own = {row.name: row.type for row in dataclasses.fields(cls) if row.name != "settings"}
         for key in extra:
             _check_key(key, (*own, *SETTINGS))
