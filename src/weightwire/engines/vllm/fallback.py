@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from weightwire.engines.vllm.facts import WEIGHT_FILES, has_weight_files
+from weightwire.engines.vllm.facts import WEIGHT_FILES
 from weightwire.errors import ConfigError
+
+HUB_S = 5.0
+"""Seconds that the Hub has to say how large a model is."""
 
 
 def make(load_config: LoadConfig, load_format: str) -> BaseModelLoader:
@@ -58,26 +62,35 @@ def load(
     loader.load_weights(model, model_config)
 
 
-def download_size(model_config: ModelConfig) -> int:
-    """Bytes of weight files that reading "the disk" would fetch from the Hub; 0 for a directory, and where unknown."""
-    import huggingface_hub  # noqa: PLC0415  (only where a peer was missed)
-    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
+def download_size(model_config: ModelConfig, load_config: LoadConfig) -> int:
+    """At most so many bytes of weight files reading "the disk" will fetch from the Hub.
 
-    if has_weight_files(model_config.model):
+    0 for a directory, for what is in the Hub's cache already, and where the Hub cannot be asked.
+    """
+    import huggingface_hub  # noqa: PLC0415  (only where a peer was missed)
+    from huggingface_hub.errors import HTTPError  # noqa: PLC0415
+
+    model = str(model_config.model)
+    if Path(model).is_dir():
         return 0
     try:
         info = huggingface_hub.HfApi().model_info(
-            model_config.model, revision=model_config.revision, files_metadata=True, timeout=5
+            model, revision=model_config.revision, files_metadata=True, timeout=HUB_S
         )
-    except (HfHubHTTPError, OSError, ValueError):  # no Hub, no such model: the loader itself will say so
+    except (HTTPError, OSError, ValueError):  # no Hub, no such model: the loader itself will say so
         return 0
-    endings = {pattern.removeprefix("*") for pattern in WEIGHT_FILES}
-    sizes: dict[str, int] = dict.fromkeys(endings, 0)
+    sizes: dict[str, int] = {}
     for file in info.siblings or []:
-        for ending in endings:
-            if file.rfilename.endswith(ending):
-                sizes[ending] += file.size or 0
-    return sizes[".safetensors"] or max(sizes.values())
+        ending = Path(file.rfilename).suffix
+        own = (
+            f"*{ending}" in WEIGHT_FILES and "/" not in file.rfilename and not file.rfilename.startswith("consolidated")
+        )
+        cached = huggingface_hub.try_to_load_from_cache(
+            model, file.rfilename, revision=info.sha, cache_dir=load_config.download_dir
+        )
+        if own and not isinstance(cached, str):
+            sizes[ending] = sizes.get(ending, 0) + (file.size or 0)
+    return sizes.get(".safetensors") or max(sizes.values(), default=0)
 
 
 def layers(config: VllmConfig) -> tuple[dict[str, Any], list[str]]:

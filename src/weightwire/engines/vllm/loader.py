@@ -144,9 +144,9 @@ class PreshardedLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not in
     def _read(self, model: nn.Module, model_config: ModelConfig, load: Load | None) -> None:
         from weightwire.engines.vllm import fallback  # noqa: PLC0415  (see ``_serving``)
 
-        nbytes = fallback.download_size(model_config)
+        nbytes = fallback.download_size(model_config, self.load_config)
         if nbytes:
-            log.warning("weightwire: %.1f MB of %s are downloaded", nbytes / 1e6, model_config.model)
+            log.warning("weightwire: up to %.1f MB of %s are downloaded", nbytes / 1e6, model_config.model)
         try:
             fallback.load(self._fallback(), model, model_config, load.progress if load else lambda _done, _total: None)
         except (RuntimeError, OSError, ValueError) as error:
