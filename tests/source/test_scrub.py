@@ -356,6 +356,7 @@ def test_h29_an_engine_that_pauses_what_withdrew_itself_is_told_and_does_not_wai
     done.start()
     done.join(10)
     assert not done.is_alive(), "pause() waits for readers that can never come"
+    publication.withdraw()
     with pytest.raises(PublishError, match="withdrawn shard cannot be resumed"):
         publication.resume()
 
