@@ -212,12 +212,10 @@ class Load:
     @contextmanager
     def publish_raw(self, model: nn.Module) -> Iterator[None]:
         """Publish the raw bytes, held until the engine is ready; vLLM may process the model inside."""
-        if not self.processed:
-            self._note_raw(model)
+        described = None if self.processed else self._describe_raw(model)
         publication = None
-        wanted = self.publishes and self._raw is not None and self._publish_stage is Stage.LOADED
-        if wanted and not self._too_costly(model):
-            publication = self._publish(Stage.LOADED, model)
+        if described is not None and self.publishes and self._publish_stage is Stage.LOADED:
+            publication = None if self._too_costly(model) else self._publish(Stage.LOADED, described)
         if publication is None:
             yield
             return
@@ -303,12 +301,16 @@ class Load:
         }
         state.apply(model, changed)
 
-    def _note_raw(self, model: nn.Module) -> None:
+    def _describe_raw(self, model: nn.Module) -> Catalogue | None:
         try:
-            self._raw = self.describe(model).layout
+            described = self.describe(model)
         except WeightwireError as error:
             if self.publishes:
+                self.group.refuse(RAW_BUDGET, error.problem)
                 self._unpublished(Stage.LOADED, error)
+            return None
+        self._raw = described.layout
+        return described
 
     def _claim(self, stage: Stage) -> Publication:
         claim = Claim(
@@ -329,28 +331,29 @@ class Load:
         return not verdict.ok
 
     def _publish_processed(self, model: nn.Module) -> None:
-        reason = stages.undeclared(model)
+        reason, described = stages.undeclared(model), None
         try:
-            now = self.describe(model).layout
-            reason = reason or (stages.lost(self._raw, now) if self._raw is not None else "")
+            described = self.describe(model)
+            reason = reason or (stages.lost(self._raw, described.layout) if self._raw is not None else "")
         except WeightwireError as error:
             reason = reason or error.problem
         verdict = self.group.vote(PROCESSED, Vote(ok=not reason, reason=reason))
-        if verdict.ok:
-            self._publish(Stage.PROCESSED, model)
+        if verdict.ok and described is not None:
+            self._publish(Stage.PROCESSED, described)
         else:
             log.warning("weightwire: the processed stage is not published: %s", verdict.reason)
 
-    def _publish(self, stage: Stage, model: nn.Module) -> Publication | None:
-        publication = self._publication(stage)
+    def _publish(self, stage: Stage, described: Catalogue) -> Publication | None:
         received = self._received if self.report.stage == stage.value else None
         self.published = PublishReport(stage=stage.value)
         try:
+            publication = self._publication(stage)
             self.published = publish_shard(
-                publication, self.describe(model), self.group.at("publish"), manifest=received, hold=True
+                publication, described, self.group.at("publish"), manifest=received, hold=True
             )
         except WeightwireError as error:  # a replica that cannot be a source still serves its users
-            publication.withdraw(0.0)
+            if self._announced is not None:
+                self._announced.withdraw(0.0)
             self._unpublished(stage, error)
             return None
         self.serving.hold(self.role, publication)
