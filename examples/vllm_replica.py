@@ -1,8 +1,10 @@
-"""One vLLM replica with the load format of ``vllm_loader.py``: greedy tokens of eight prompts, then it serves weights.
+"""One vLLM replica: weights from a running one where there is one, eight greedy answers, then it serves weights.
 
-    python vllm_replica.py MODEL_DIR TP '{"model_id": "org/model", "revision": "r1", "url": "host:port"}'
+    python vllm_replica.py MODEL '{"url": "host:port", "model_id": "org/model", "revision": "r1"}' [TP]
 
-Prints one line of JSON; ends when standard input does.
+Nothing of weightwire is imported: with ``pip install weightwire[vllm]`` beside vLLM, the load format is there. Where
+MODEL is a name on the Hub, ``model_id`` and ``revision`` may be left out. Prints one line of JSON; ends when standard
+input does.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import sys
 import time
 
 import vllm
-import vllm_loader  # noqa: F401  (registers the load format; here at the top, so that spawned workers do it too)
 
 PROMPTS = [
     "The capital of France is",
@@ -26,7 +27,7 @@ PROMPTS = [
 ]
 
 
-def main(model: str, tp: str, extra: str) -> None:
+def main(model: str, extra: str, tp: str = "1") -> None:
     """See the module."""
     began = time.monotonic()
     llm = vllm.LLM(
@@ -44,5 +45,5 @@ def main(model: str, tp: str, extra: str) -> None:
     sys.stdin.read()
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # vLLM starts processes of its own, which import this file
     main(*sys.argv[1:])
