@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from weightwire.config import Settings
+from weightwire.engines.vllm.logs import forward
 from weightwire.engines.vllm.options import Options
 from weightwire.engines.vllm.ranks import Place
 from weightwire.engines.vllm.readiness import Expectation, Readiness
@@ -74,6 +75,7 @@ class Serving:
         """
         with self._lock:
             if settings not in self._members:
+                forward(settings.log_level)
                 self._members[settings] = Member(settings)
             return self._members[settings]
 
