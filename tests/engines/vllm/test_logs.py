@@ -24,7 +24,8 @@ def engine() -> Iterator[Kept]:
     vllm.addHandler(kept)
     yield kept
     vllm.removeHandler(kept)
-    library.level, library.propagate, library.handlers = before
+    library.setLevel(before[0])
+    library.propagate, library.handlers = before[1:]
 
 
 def test_lines_of_the_library_are_shown_once_with_the_prefix(engine: Kept) -> None:
