@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import secrets
 import threading
 import time
@@ -38,7 +39,8 @@ LAUNCH_VARIABLE = "_WEIGHTWIRE_VLLM_LAUNCH"
 LOGGER_VARIABLE = "_WEIGHTWIRE_VLLM_LOGGER"
 """Ours, from a process of vLLM to its children; nobody else sets or reads them."""
 
-_launch_marked = threading.Event()
+_marked: set[int] = set()
+"""This process's id once it was marked; more than one where it was forked off a marked one."""
 
 
 def mark_launch(environ: MutableMapping[str, str]) -> None:
@@ -50,9 +52,9 @@ def mark_launch(environ: MutableMapping[str, str]) -> None:
     Args:
         environ: the process's own, ``os.environ``.
     """
-    if _launch_marked.is_set():
+    if os.getpid() in _marked:
         return
-    _launch_marked.set()
+    _marked.add(os.getpid())
     if multiprocessing.parent_process() is None or LAUNCH_VARIABLE not in environ:
         environ[LAUNCH_VARIABLE] = secrets.token_hex(16)
         environ.pop(LOGGER_VARIABLE, None)
@@ -151,6 +153,7 @@ class Readiness:
             return not self._called
 
     def _run(self) -> None:
+        log.debug("weightwire: waiting for %s, for %.0f s", self._expected.key, self._expected.patience_s)
         try:
             heard = self._wait()
             if self._claim():
@@ -168,7 +171,7 @@ class Readiness:
 
     def _tell(self, heard: bool) -> None:
         if heard:
-            log.info("weightwire: the engine is ready")
+            log.debug("weightwire: the front end says that the engine is ready")
         else:
             patience = self._expected.patience_s
             log.info("weightwire: nobody said within %.0f s that the engine is ready: taken to be", patience)
@@ -239,4 +242,5 @@ class Announcement:
                 self._complained = True
                 log.warning("weightwire: cannot say that the engine is ready, trying on: %s", error)
             return False
+        log.debug("weightwire: recorded %s", self._key)
         return True
