@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
-from weightwire.errors import WeightwireError
+from weightwire.errors import GenerationMoved, WeightwireError
 from weightwire.metadata.api import Owner
 from weightwire.wire.messages import (
     CheckResult,
@@ -230,6 +230,9 @@ class Keeper:
             owner, recheck = item
             try:
                 ok = owner.recheck(recheck.leaf)
+            except GenerationMoved as error:  # what was asked about is no longer offered
+                logger.info("leaf %d is not digested again: %s", recheck.leaf, error.problem)
+                continue
             except Exception:  # whatever an owner raises: the thread serves the other owners too
                 logger.exception("leaf %d could not be digested again", recheck.leaf)
                 continue
