@@ -19,15 +19,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_checkpoints import Checkpoints
+
 from weightwire.auth import load_secret
+from weightwire.manifest.records import Manifest
 from weightwire.metadata.client import MetadataClient
 from weightwire.wire.messages import PublicationState, SourceView
+from weightwire.wire.peer_client import PeerClient
 
 HERE = Path(__file__).resolve().parent
 SRC = HERE.parent / "src"
-START_S = 90.0
-"""Until a replica is ready, on a busy machine of two cores."""
-END_S = 30.0
+START_S = 150.0
+"""Until a replica is ready: five to ten seconds, but machines are busy at times."""
+PUBLISH_S = 30.0
+END_S = 60.0
 TAIL = 40
 PROMPTS = [
     "The capital of France is",
@@ -306,14 +311,28 @@ def metadata_server(state: Path, *options: str, port: int = 0) -> Iterator[str]:
             process.kill()
 
 
-@dataclass(kw_only=True)
-class Fleet:
-    """Starts replicas against one metadata server, and ends them all."""
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where replicas run.
+
+    Attributes:
+        state: for logs, and the secret.
+        url: of the metadata server.
+        zygote: what forks them.
+        site: what makes ``vllm_faults`` a plugin.
+    """
 
     state: Path
     url: str
-    zygote: Path | None
+    zygote: Path
     site: Path
+
+
+@dataclass
+class Fleet:
+    """Starts replicas, and ends them all."""
+
+    place: Place
     running: list[Process] = field(default_factory=list)
 
     def offline(self, model: Path, name: str, *, tp: int = 1, **options: Any) -> Offline:
@@ -371,7 +390,7 @@ class Fleet:
 
     def client(self) -> MetadataClient:
         """Of the metadata server."""
-        return MetadataClient(self.url, load_secret(self.state / "secret"))
+        return MetadataClient(self.place.url, load_secret(self.place.state / "secret"))
 
     def sources(self, name: str) -> list[SourceView]:
         """What is registered under a model's name."""
@@ -387,6 +406,24 @@ class Fleet:
         for views in found.values():
             views.sort(key=lambda view: (view.record.role, view.record.coordinates.tp_rank))
         return {life: views for life, views in found.items() if len(views) >= views[0].record.world_size}
+
+    def only(self, name: str, count: int, *watched: Process) -> list[tuple[str, ...]]:
+        """The shards of ``count`` replicas that hold the same: content id by rank. Fails where they differ."""
+        found = self.until(name, count, PUBLISH_S, *watched)
+        ids = {tuple(view.record.content_id for view in views) for views in found.values()}
+        weights = {view.record.weights_id for views in found.values() for view in views}
+        assert len(found) == count, found
+        assert len(ids) == len(weights) == 1, found
+        return list(ids)
+
+    def manifest(self, view: SourceView) -> Manifest:
+        """What a source says that it holds."""
+        record = view.record
+        client = PeerClient(record.endpoints[0], record.incarnation, load_secret(self.place.state / "secret"))
+        try:
+            return client.manifest(record.shard_key, timeout=END_S)[1]
+        finally:
+            client.close()
 
     def until(self, name: str, count: int, timeout: float = START_S, *watched: Process) -> dict[str, list[SourceView]]:
         """Once ``count`` complete replicas are READY."""
@@ -413,13 +450,13 @@ class Fleet:
             self.running.remove(process)
 
     def _extra(self, name: str, more: Mapping[str, Any]) -> dict[str, Any]:
-        given = {"url": self.url, "model_id": name, "revision": "r1", "quiet_s": 0.1} | dict(more)
+        given = {"url": self.place.url, "model_id": name, "revision": "r1", "quiet_s": 0.1} | dict(more)
         return {key: value for key, value in given.items() if value is not None}
 
     def _log(self, name: str) -> Path:
         base = re.sub(r"\W+", "-", name)
-        count = sum(1 for _ in self.state.glob(f"{base}.*.log"))
-        where = self.state / f"{base}.{count}.log"
+        count = sum(1 for _ in self.place.state.glob(f"{base}.*.log"))
+        where = self.place.state / f"{base}.{count}.log"
         where.touch()
         return where
 
@@ -434,17 +471,43 @@ class Fleet:
         fresh: bool = False,
     ) -> Forked | subprocess.Popen[bytes]:
         """Forked from the zygote, or a ``fresh`` interpreter; with ``faults`` (see ``vllm_faults``)."""
-        full = environment({"WEIGHTWIRE_SECRET_FILE": str(self.state / "secret"), **env})
+        full = environment({"WEIGHTWIRE_SECRET_FILE": str(self.place.state / "secret"), **env})
         if faults:
-            full["PYTHONPATH"] += f"{os.pathsep}{self.site}"
+            full["PYTHONPATH"] += f"{os.pathsep}{self.place.site}"
             full["VLLM_TEST_FAULTS"] = json.dumps(dict(faults))
         with where.open("ab") as log:
-            if self.zygote is not None and not fresh:
-                return Forked(self.zygote, what, full, (*streams, log.fileno()))
+            if not fresh:
+                return Forked(self.place.zygote, what, full, (*streams, log.fileno()))
             command = [sys.executable, str(HERE / "vllm_child.py"), json.dumps(what)]
             return subprocess.Popen(
                 command, env=full, stdin=streams[0], stdout=streams[1], stderr=log, start_new_session=True
             )
+
+
+@dataclass
+class Shared:
+    """Sources that many cases read from: started on first use, left alone, ended with the session."""
+
+    fleet: Fleet
+    checkpoints: Checkpoints
+    _known: dict[tuple[str, int], tuple[Offline, Tokens]] = field(default_factory=dict)
+
+    def name(self, kind: str, tp: int = 1) -> str:
+        """What a running source of that kind is published as; starts it if need be."""
+        self._source(kind, tp)
+        return f"shared/{kind}-{tp}"
+
+    def tokens(self, kind: str, tp: int = 1) -> Tokens:
+        """That source's answers."""
+        return self._source(kind, tp)[1]
+
+    def _source(self, kind: str, tp: int) -> tuple[Offline, Tokens]:
+        if (kind, tp) not in self._known:
+            name = f"shared/{kind}-{tp}"
+            source = self.fleet.offline(self.checkpoints.full(kind), name, tp=tp, extra={"role": "source"}).ready()
+            self.fleet.until(name, 1, PUBLISH_S, source)
+            self._known[kind, tp] = source, source.tokens()
+        return self._known[kind, tp]
 
 
 def free_port() -> int:

@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -56,6 +57,11 @@ class TellingZygote(Zygote):
             pid, line = next(reversed(self.ranks.items()))
             line.sendall(f"{pid}\n".encode())
         return replica
+
+    def end(self) -> None:
+        """Kill what is left, with its workers."""
+        for pid in self.ranks:
+            os.killpg(pid, signal.SIGKILL)
 
 
 def serve(path: str) -> None:

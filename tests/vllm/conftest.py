@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,44 +13,33 @@ collect_ignore_glob = [] if spec is not None and spec.origin else ["test_vllm_*.
 
 if not collect_ignore_glob:
     from vllm_checkpoints import Checkpoints
-    from vllm_replicas import Fleet, metadata_server, write_site, zygote
+    from vllm_replicas import Fleet, Place, Shared, metadata_server, write_site, zygote
 
     @pytest.fixture(scope="session")
-    def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return tmp_path_factory.mktemp("vllm")
+    def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+        return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
     @pytest.fixture(scope="session")
-    def checkpoints(state: Path) -> Checkpoints:
-        return Checkpoints(state / "checkpoints")
-
-    @pytest.fixture(scope="session")
-    def forking(state: Path) -> Iterator[Path]:
-        with zygote(state) as socket:
-            yield socket
-
-    @pytest.fixture(scope="session")
-    def url(state: Path) -> Iterator[str]:
-        with metadata_server(state) as url:
-            yield url
-
-    @pytest.fixture(scope="session")
-    def site(state: Path) -> Path:
-        return write_site(state / "site")
-
-    @pytest.fixture(scope="session")
-    def sources(state: Path, url: str, forking: Path, site: Path) -> Iterator[Fleet]:
-        """Replicas that cases share."""
-        fleet = Fleet(state=state, url=url, zygote=forking, site=site)
-        try:
-            yield fleet
-        finally:
-            fleet.kill()
+    def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+        """Where replicas run: a metadata server, and the process that forks them."""
+        state = tmp_path_factory.mktemp("vllm")
+        with zygote(state) as socket, metadata_server(state, "--ttl", "5") as url:
+            yield Place(state=state, url=url, zygote=socket, site=write_site(state / "site"))
 
     @pytest.fixture
-    def fleet(state: Path, url: str, forking: Path, site: Path) -> Iterator[Fleet]:
+    def fleet(place: Place) -> Iterator[Fleet]:
         """Replicas of one case."""
-        fleet = Fleet(state=state, url=url, zygote=forking, site=site)
+        fleet = Fleet(place)
         try:
             yield fleet
         finally:
             fleet.kill()
+
+    @pytest.fixture(scope="session")
+    def shared(place: Place, checkpoints: Checkpoints) -> Iterator[Shared]:
+        """Sources that cases share."""
+        shared = Shared(Fleet(place), checkpoints)
+        try:
+            yield shared
+        finally:
+            shared.fleet.kill()

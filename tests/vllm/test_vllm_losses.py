@@ -1,0 +1,76 @@
+"""A source that is lost, or goes bad, in mid-load: the disk where there is one, else one line and exit code 1."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+from vllm_checkpoints import Checkpoints
+from vllm_replicas import Fleet, Offline, Shared
+
+SLOW = {"read_s": 1.5}
+QUICK = {"stall_timeout": 3, "load_timeout": 60, "transports": ["tcp"]}
+
+
+def half_way(fleet: Fleet, checkpoints: Checkpoints, name: str, *, disk: bool, **extra: object) -> tuple[Offline, ...]:
+    """A source that is being read, and its reader."""
+    source = fleet.offline(checkpoints.full("llama"), name, extra={"role": "source"} | QUICK).ready()
+    fleet.until(name, 1, 30, source)
+    model = checkpoints.full("llama") if disk else checkpoints.bare("llama")
+    given = {"role": "target", "poison": True} | QUICK | extra
+    target = fleet.offline(model, name, extra=given, faults=SLOW)
+    fleet.reading(name, 90, target)
+    time.sleep(0.5)
+    assert not target.lines("weightwire: received")
+    return source, target
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_h26_source_lost_in_mid_load_target_has_a_disk(
+    number: signal.Signals, fleet: Fleet, shared: Shared, checkpoints: Checkpoints
+) -> None:
+    wanted = shared.tokens("llama")
+    source, target = half_way(fleet, checkpoints, f"losses/disk-{number.name}", disk=True)
+    source.signal(number)
+    target.says("weightwire: no peer, reading the disk: ", 30)
+    target.ready()
+    assert target.tokens() == wanted
+
+
+def test_source_lost_in_mid_load_target_has_nothing(fleet: Fleet, checkpoints: Checkpoints) -> None:
+    source, target = half_way(fleet, checkpoints, "losses/nothing", disk=False)
+    source.kill()
+    began = time.monotonic()
+    assert target.ends(60) == 1
+    assert time.monotonic() - began < 45
+    (cause,) = target.root_causes()
+    assert cause.count("\n") == 0
+    assert not target.lines("KeyError"), target.tail()
+
+
+@pytest.mark.parametrize("kind", ["says_tied", "qwen3_moe", "w8a8"])
+def test_h59_refilled_from_disk_after_bytes_went_bad(kind: str, fleet: Fleet, checkpoints: Checkpoints) -> None:
+    """Everything was poisoned, some of it filled: nothing of that is left, nor a second model (H37)."""
+    name = f"losses/bad-{kind}"
+    source = fleet.offline(checkpoints.full(kind), name, extra={"role": "source"}).ready()
+    fleet.until(name, 1, 30, source)
+    given = {"role": "target", "poison": True, "stages": ["LOADED"]}
+    target = fleet.offline(checkpoints.full(kind), name, extra=given, faults={"corrupt_after": 3}).ready()
+    assert target.lines("weightwire: no peer, reading the disk: "), target.tail()
+    assert not target.lines("weightwire: received")
+    assert not target.lines("Duplicate layer")
+    assert target.tokens() == source.tokens()
+
+
+def test_h37_processed_bytes_went_bad_and_the_model_is_built_again(
+    fleet: Fleet, shared: Shared, checkpoints: Checkpoints
+) -> None:
+    name, plain = "losses/processed", {"plain_linear": True}
+    source = fleet.offline(checkpoints.full("llama"), name, extra={"stages": ["PROCESSED"]}, faults=plain).ready()
+    fleet.until(name, 1, 30, source)
+    given = {"role": "target", "poison": True, "stages": ["PROCESSED"]}
+    faults = plain | {"corrupt_after": 3}
+    target = fleet.offline(checkpoints.full("llama"), name, extra=given, faults=faults).ready()
+    assert target.lines("weightwire: no peer, reading the disk: "), target.tail()
+    assert target.tokens() == source.tokens() == shared.tokens("llama")

@@ -1,0 +1,173 @@
+"""A plugin of vLLM that makes weightwire misbehave in a worker, as the variable ``VLLM_TEST_FAULTS`` says.
+
+Everything that it does not name is the real thing. It is put on the path by ``vllm_replicas.write_site``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+VARIABLE = "VLLM_TEST_FAULTS"
+FOREVER = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faults:
+    """What goes wrong, and where.
+
+    Attributes:
+        rank: the tensor-parallel rank that it goes wrong on; -1 for all.
+        steps: some of ``find``, ``construct``, ``fill`` and ``publish``.
+        kind: what happens when such a step begins: ``fail`` (as its own causes do), ``crash`` (an error that nobody
+            foresaw), ``die``, ``freeze`` or ``late``.
+        late_s: how late.
+        margin_s: how much longer than the leader the other ranks wait for its choice.
+        read_s: how much longer each read from a peer takes.
+        corrupt_after: reads from a peer after which all that arrives is changed; -1 for never.
+        warm_up_s: how much longer the engine warms up.
+        plain_linear: linear weights are not packed, so that processed weights are tensors on a CPU too.
+    """
+
+    rank: int = -1
+    steps: tuple[str, ...] = ()
+    kind: str = ""
+    late_s: float = 0.0
+    margin_s: float = 3.0
+    read_s: float = 0.0
+    corrupt_after: int = -1
+    warm_up_s: float = 0.0
+    plain_linear: bool = False
+
+
+def register() -> None:
+    """The entry point: called in every process of vLLM, acts in workers when they begin to load."""
+    if VARIABLE not in os.environ:
+        return
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    real = CPUWorker.load_model
+    if hasattr(real, "__wrapped__"):
+        return
+
+    @functools.wraps(real)
+    def load_model(worker: Any, *args: Any, **kwargs: Any) -> Any:
+        install(Faults(**json.loads(os.environ[VARIABLE])), worker)
+        return real(worker, *args, **kwargs)
+
+    CPUWorker.load_model = load_model
+
+
+def install(faults: Faults, worker: Any) -> None:
+    """Put the faults of this rank in place."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from weightwire.target import discover
+
+    _put(discover, "MARGIN_S", lambda _real: faults.margin_s)
+    if faults.rank not in (-1, get_tp_group().rank_in_group):
+        return
+    if faults.plain_linear:
+        import vllm._custom_ops
+
+        _put(vllm._custom_ops, "_supports_onednn", lambda _real: False)
+    if faults.warm_up_s:
+        _put(worker, "compile_or_warm_up_model", lambda real: _after(real, lambda: time.sleep(faults.warm_up_s)))
+    if faults.read_s or faults.corrupt_after >= 0:
+        _bad_reads(faults.read_s, faults.corrupt_after)
+    for step in faults.steps:
+        _at_step(faults, step)
+
+
+def _bad_reads(seconds: float, corrupt_after: int) -> None:
+    from weightwire.loaders import member
+    from weightwire.transport.faults import Corrupt, Delay, Fault, FaultPlan, FaultyTransport
+    from weightwire.transport.opening import Opened
+
+    class Plan(FaultPlan):
+        reads = 0
+
+        def decide(self, _connection: int, _read: int) -> Fault | None:
+            Plan.reads += 1
+            if 0 <= corrupt_after < Plan.reads:
+                return Corrupt()
+            return Delay(seconds) if seconds else None
+
+    def opening(real: Callable[..., Opened]) -> Callable[..., Opened]:
+        def open_transports(settings: Any, secret: Any, gates: Any, *args: Any) -> Opened:
+            opened = real(settings, secret, gates, *args)
+            if gates is None:  # those that read
+                opened.transports = {name: FaultyTransport(each, Plan()) for name, each in opened.transports.items()}
+            return opened
+
+        return open_transports
+
+    _put(member, "open_transports", opening)
+
+
+def _at_step(faults: Faults, step: str) -> None:
+    from weightwire.engines.vllm.load import Load
+    from weightwire.engines.vllm.loader import PreshardedLoader
+    from weightwire.errors import CatalogueError, PeerLost
+    from weightwire.target import discover
+    from weightwire.target.receiver import Receiver
+
+    def go_wrong() -> None:
+        _say(f"fault: {faults.kind} at {step}")
+        match faults.kind:
+            case "crash":
+                raise RuntimeError("made to crash")
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "freeze":
+                time.sleep(FOREVER)
+            case "late":
+                time.sleep(faults.late_s)
+
+    def fails(error: Exception) -> Callable[[Any], Callable[..., Any]]:
+        def replaced(_real: Any) -> Callable[..., Any]:
+            def failing(*_args: Any, **_kwargs: Any) -> Any:
+                _say(f"fault: fail at {step}")
+                raise error
+
+            return failing
+
+        return replaced
+
+    lost, indescribable = PeerLost("made to fail", "a test did it"), CatalogueError("made to fail", "a test did it")
+    places: dict[str, tuple[Any, str, tuple[Any, str, Exception]]] = {
+        "find": (Receiver, "find", (discover, "fetch_manifest", lost)),
+        "construct": (PreshardedLoader, "create_model", (PreshardedLoader, "create_model", MemoryError("made to"))),
+        "fill": (Receiver, "fill", (sys.modules[Receiver.__module__], "PeerSession", lost)),
+        "publish": (Load, "publish_raw", (Load, "describe", indescribable)),
+    }
+    owner, name, (cause, method, error) = places[step]
+    if faults.kind == "fail":
+        _put(cause, method, fails(error))
+    else:
+        _put(owner, name, lambda real: _after(real, go_wrong))
+
+
+def _after(real: Callable[..., Any], what: Callable[[], None]) -> Callable[..., Any]:
+    @functools.wraps(real)
+    def later(*args: Any, **kwargs: Any) -> Any:
+        what()
+        return real(*args, **kwargs)
+
+    return later
+
+
+def _put(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    assert hasattr(owner, name), f"{owner} has no {name} any more"
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
