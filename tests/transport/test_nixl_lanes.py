@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from weightwire.transport.nixl.lanes import Lanes
+import pytest
+
+from weightwire.transport.nixl.lanes import Lanes, tcp_is_asked_for, tcp_is_the_only_network
 
 STAMP = "[1795448126.729465] [host:9805 :0]   "
 
@@ -65,3 +67,22 @@ def test_other_tables_count_for_nothing_and_other_lines_are_given_back() -> None
     text = table("ab/1", "active message by ucp_am_send* from host memory", "| 0..inf | short | tcp/lo |")
     assert lanes.feed(text + STAMP + warning + "\n") == [warning]
     assert lanes.transports("ab/1") == {}
+
+
+@pytest.mark.parametrize(
+    ("named", "asked", "only"),
+    [
+        ("", False, False),
+        ("all", False, False),
+        ("^tcp", False, False),
+        ("rc,cuda", False, False),
+        ("tcp", True, True),
+        (" TCP, self,cuda_copy", True, True),
+        ("rc,tcp,cuda_ipc", True, False),
+    ],
+)
+def test_tcp_is_consented_to_by_name_and_keys_are_revoked_where_there_is_rdma_besides(
+    named: str, asked: bool, only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_TLS", named)
+    assert (tcp_is_asked_for(), tcp_is_the_only_network()) == (asked, only)

@@ -60,3 +60,17 @@ def test_many_small_runs_are_cut_by_their_number() -> None:
     local = [Segment(at, 1000 + at * 2, 1, "cpu") for at in range(5000)]
     found = list(cut(local, [Segment(0, 9000, 5000, "cpu")]))
     assert [len(piece.runs) for piece in found] == [2048, 2048, 904]
+
+
+@given(sizes=st.lists(st.integers(1, 100), min_size=1, max_size=5), most=st.integers(1, 300))
+def test_a_split_piece_is_the_same_bytes_in_two(sizes: list[int], most: int) -> None:
+    whole = pieces.Piece("cpu", "cuda:0")
+    for number, nbytes in enumerate(sizes):
+        whole.add(Run(number * 1000, number * 2000, nbytes))
+    head, rest = whole.split(most)
+    assert head.nbytes == min(most, whole.nbytes)
+    assert (rest is None) == (most >= whole.nbytes)
+    parts = [head, rest] if rest else [head]
+    assert sum(part.nbytes for part in parts) == whole.nbytes
+    moved = [(run.local + at, run.remote + at) for part in parts for run in part.runs for at in range(run.nbytes)]
+    assert moved == [(run.local + at, run.remote + at) for run in whole.runs for at in range(run.nbytes)]

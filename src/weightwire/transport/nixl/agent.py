@@ -8,6 +8,7 @@ used. An agent is not thread-safe: whoever holds it sees to it that one thread u
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import os
@@ -185,6 +186,23 @@ class Agent:
         self._registered.clear()
         if gone() is not None:
             raise TransferError(f"NIXL agent {self.name} is still referred to", "report this as a bug")
+
+    def progress(self) -> None:
+        """Do what there is to do for readers, of an agent without a thread of NIXL's; returns when there is nothing.
+
+        Raises:
+            TransferError: the library failed.
+        """
+        with _translated(TransferError, "NIXL does not go on", "register the memory again"):
+            self._agent.getNotifs({})  # nobody sends us any: it is the one call that drives an agent without transfers
+
+    def park(self) -> None:
+        """Leave the agent as it is, never freed, also not at exit: for one that it is not safe to destroy.
+
+        Nobody may drive it any more. Memory that RDMA reaches stays readable. Call it once, instead of ``destroy``.
+        """
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._agent))
+        del self._agent
 
     def _kind(self, device: str) -> Any:
         return self._bound.DRAM_SEG if device == "cpu" else self._bound.VRAM_SEG

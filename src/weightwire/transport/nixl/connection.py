@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -18,7 +18,7 @@ from weightwire.transport.base import Registration
 from weightwire.transport.nixl.agent import Agent
 from weightwire.transport.nixl.bounded import Bounded
 from weightwire.transport.nixl.endpoint import Endpoint
-from weightwire.transport.nixl.lanes import Way
+from weightwire.transport.nixl.lanes import Way, tcp_is_asked_for
 from weightwire.transport.nixl.pieces import Piece, cut
 from weightwire.transport.nixl.registration import NixlRegistration
 from weightwire.types import Span
@@ -28,6 +28,15 @@ IN_FLIGHT = 4
 """Transfers that are posted at a time, of whatever reads."""
 
 PROBE_BYTES = 64
+FIRST_BYTES = 64 * 1024
+"""Of the first transfer of a way: should it turn out to be TCP and be refused, the source is left with little to do."""
+
+TCP_BYTES = 1024 * 1024
+"""Of one transfer over TCP, so that what is under way when a reader leaves arrives soon; faster it does not get."""
+
+DRAIN_S = 0.5
+"""How long a fence lets arrive what is under way over TCP."""
+
 _EAGER_S = 0.02
 _NAP_S = 0.0001
 
@@ -54,6 +63,8 @@ class NixlConnection:
     Destroying that agent is the fence, because nothing less is: after releasing the transfer, removing the peer and
     deregistering the memory, a source that was frozen still delivers most of what was asked for (seen with NIXL 1.5.1
     over TCP). The agent has no progress thread, so bytes arrive only while a thread of ours is in ``read`` or ``wait``.
+
+    Over TCP it lets arrive first what is under way, for ``DRAIN_S`` at most.
 
     What is read into stays registered with the agent, and referred to, until the connection is fenced.
 
@@ -195,10 +206,18 @@ class NixlConnection:
         for read in self._reads:
             if read.pieces:
                 piece = read.pieces.popleft()
+                way = (piece.local.partition(":")[0], piece.remote.partition(":")[0])
+                piece, rest = piece.split(self._most(way, piece))
+                read.pieces.extendleft([rest] if rest else [])
                 self._posted.append((self._agent.post(piece, self._peer.agent), read))
-                self._look_at_way((piece.local.partition(":")[0], piece.remote.partition(":")[0]), probe=read.probe)
+                self._look_at_way(way, probe=read.probe)
                 return True
         return False
+
+    def _most(self, way: Way, piece: Piece) -> int:
+        if way not in self._ways:
+            return FIRST_BYTES
+        return TCP_BYTES if "tcp" in self._ways[way] else piece.nbytes
 
     def _look_at_way(self, way: Way, *, probe: bool) -> None:
         """UCX chooses with the first transfer between two kinds of memory: ask it then."""
@@ -226,24 +245,26 @@ class NixlConnection:
     def _end(self) -> None:
         with self._lock:
             self._over = self._over or "it was fenced"
+            if any("tcp" in lanes for lanes in (self._probed, *self._ways.values())):
+                self._drain()
             self._agent.destroy()
             self._reads.clear()
             self._posted.clear()
             self._registered.clear()
 
+    def _drain(self) -> None:
+        """UCX may abort a source in the middle of an answer if its reader leaves: see ``lanes.tcp_is_asked_for``."""
+        until = time.monotonic() + DRAIN_S
+        with contextlib.suppress(TransferError):
+            while self._posted and time.monotonic() < until:
+                if self._agent.done(self._posted[0][0]):
+                    self._agent.release(self._posted.popleft()[0])
+                else:
+                    time.sleep(0)
+
 
 def _registered_regions(into: Registration) -> Sequence[Region]:
     return into.regions if isinstance(into, NixlRegistration) else into.memory.regions
-
-
-def tcp_is_asked_for() -> bool:
-    """Whether ``UCX_TLS`` names ``tcp``: the only consent to TCP under UCX.
-
-    It is slow (a quarter of what the tcp transport reaches), and dangerous to the source: one that is stopped for a
-    moment in mid-read and whose reader then leaves is *aborted* by UCX when it goes on ("Fatal: unexpected error:
-    Endpoint timeout", seen with the UCX 1.23 of NIXL 1.5.1).
-    """
-    return "tcp" in os.environ.get("UCX_TLS", "").lower().replace("^", "not-").split(",")
 
 
 def _head(segment: Segment) -> Segment:

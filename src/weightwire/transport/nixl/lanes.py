@@ -42,8 +42,31 @@ Left to itself UCX reads from another process's device memory only where it sees
 processes on one device, it has the source copy to host memory and send it over TCP, a hundred times slower.
 """
 
+NOT_NETWORKS = frozenset(
+    ("self", "sm", "shm", "mm", "posix", "sysv", "xpmem", "knem", "cma", "cuda", "cuda_copy", "cuda_ipc", "gdr_copy")
+)
+"""Names in ``UCX_TLS`` of what stays on a host."""
+
 Way = tuple[str, str]
 """Kinds of memory, to and from: ``("cuda", "cpu")`` reads host memory of the peer into a device of ours."""
+
+
+def tcp_is_asked_for() -> bool:
+    """Whether ``UCX_TLS`` names ``tcp``: the only consent to TCP under UCX.
+
+    It is slow (a quarter of what the tcp transport reaches), and dangerous to the source: the UCX 1.23 of NIXL 1.5.1
+    may *abort* a process while it answers a reader that goes away ("Fatal: unexpected error: Endpoint timeout",
+    "Assertion `0' failed"): 4 times with 52 readers that were killed in mid-read, and mostly if the source was stopped
+    meanwhile. Nothing on its side prevents that; a fence of ours lets the answers under way arrive first, if they come
+    soon.
+    """
+    return "tcp" in _asked_for()
+
+
+def tcp_is_the_only_network() -> bool:
+    """Whether ``UCX_TLS`` names ``tcp``, and besides only what stays on a host."""
+    asked = _asked_for()
+    return "tcp" in asked and asked <= {"tcp", *NOT_NETWORKS}
 
 
 class Lanes:
@@ -135,6 +158,11 @@ class UcxLog:
         whole = text[: text.rfind(b"\n") + 1]
         self._read = max(self._read, end - MAX_LOG_BYTES) + len(whole)
         return whole.decode(errors="replace").replace("\0", "")
+
+
+def _asked_for() -> set[str]:
+    value = os.environ.get("UCX_TLS", "").lower().strip()
+    return set() if value.startswith("^") else {name.strip() for name in value.split(",")}
 
 
 def _kind(name: str) -> str:

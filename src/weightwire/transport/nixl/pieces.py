@@ -63,6 +63,17 @@ class Piece:
         else:
             self.runs.append(run)
 
+    def split(self, nbytes: int) -> tuple[Piece, Piece | None]:
+        """Its first ``nbytes`` bytes, and the rest if there is one."""
+        head, left = Piece(self.local, self.remote), Piece(self.local, self.remote)
+        for run in self.runs:
+            now = min(run.nbytes, nbytes - head.nbytes)
+            if now:
+                head.add(Run(run.local, run.remote, now))
+            if now < run.nbytes:
+                left.add(Run(run.local + now, run.remote + now, run.nbytes - now))
+        return head, left if left.runs else None
+
 
 def cut(local: Sequence[Segment], remote: Sequence[Segment]) -> Iterator[Piece]:
     """Pieces that move the bytes of ``remote`` to ``local``; both hold the same logical bytes, in order."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from weightwire.manifest.address import AddressSpace, Region
-from weightwire.transport.nixl.agent import Agent
 from weightwire.transport.nixl.bounded import Bounded
+from weightwire.transport.nixl.server import Server
 
 
 class NixlRegistration:
@@ -18,14 +18,14 @@ class NixlRegistration:
     Args:
         memory: what it is of.
         regions: what is registered with NIXL for it, see ``registrable``.
-        server: the agent that they are registered with, if it serves.
+        server: what serves them, if it serves.
     """
 
-    def __init__(self, memory: AddressSpace, regions: Sequence[Region], server: Agent | None) -> None:
+    def __init__(self, memory: AddressSpace, regions: Sequence[Region], server: Server | None) -> None:
         self._memory = memory
         self.regions = regions
         self.server = server
-        self.metadata = server.metadata() if server else b""
+        self.metadata = server.metadata if server else b""
         name = server.name if server else "none"
         self.withdrawal = Bounded(f"nixl-end-{name}", self._end)
         self.live = True
@@ -37,7 +37,7 @@ class NixlRegistration:
 
     def _end(self) -> None:
         if self.server is not None:
-            self.server.destroy()
+            self.server.end()
 
 
 def registrable(memory: AddressSpace) -> list[Region]:

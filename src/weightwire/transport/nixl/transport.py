@@ -21,6 +21,7 @@ from weightwire.transport.nixl.agent import Agent
 from weightwire.transport.nixl.connection import NixlConnection
 from weightwire.transport.nixl.endpoint import Endpoint
 from weightwire.transport.nixl.registration import NixlRegistration, registrable
+from weightwire.transport.nixl.server import Server
 
 CLOSE_S = 5.0
 ABANDON_S = 1.0
@@ -41,7 +42,7 @@ class NixlTransport:
         secret: both sides hold it; an endpoint made with another one is refused.
         gate: anything but ``None`` makes this a transport that can serve; it is asked nothing.
         require_rdma: refuse to read over what UCX does not tell, too. (TCP under UCX is refused unless ``UCX_TLS``
-            names it, for it is slow and endangers the source: ``connection.tcp_is_asked_for``.)
+            names it, for it is slow and endangers the source: ``lanes.tcp_is_asked_for``.)
         untrusted_readers: readers must not be able to write; refused with this backend where it serves.
 
     Raises:
@@ -91,14 +92,9 @@ class NixlTransport:
         A reader's memory is registered with each connection that reads into it, by its first ``read``.
         """
         regions = registrable(memory)
-        server: Agent | None = None
+        server: Server | None = None
         if self._serves:
-            server = Agent(f"{self._incarnation}/s{next(self._counter)}", serves=True)
-            try:
-                server.register(regions)
-            except TransferError:
-                server.destroy()
-                raise
+            server = Server(f"{self._incarnation}/s{next(self._counter)}", regions)
         registration = NixlRegistration(memory, regions, server)
         with self._lock:
             if self._closed:
@@ -144,11 +140,12 @@ class NixlTransport:
         return connection
 
     def deregister(self, registration: Registration, deadline: float) -> None:
-        """End the registration's serving agent, and fence our own connections that read into it.
+        """End what serves the registration, and fence our own connections that read into it.
 
-        Reads under way cannot be seen, so nothing is waited for: the leases must be over before. Readers over a network
-        are cut off, since their keys die with the agent; a reader on this host over cross-memory attach is *not*: it
-        reads this process's memory without it, and only digests tell.
+        Reads under way cannot be seen, so nothing is waited for: the leases must be over before. Readers over RDMA are
+        cut off, since their keys die with the agent. Over TCP (see ``Server``) nothing is read for them any more: they
+        stall until their deadline, and the agent is never freed. A reader on this host over cross-memory attach is
+        *not* cut off: it reads this process's memory without it, and only digests tell.
 
         Raises:
             FenceTimeout: an agent could not be ended in time; keep the memory alive and unchanged.
