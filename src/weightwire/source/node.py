@@ -68,6 +68,7 @@ class Node:
         self.metrics = metrics or process_metrics()
         self._lock = threading.Lock()
         self._publications: dict[str, Publication] = {}
+        self._ended: dict[str, tuple[int, int]] = {}  # generation and sequence that the next of the key goes on from
         self._closing = threading.Event()
         self.transports = dict(open_transports(lambda name: _Gate(self, name)))
         self._server = PeerServer(self, secret, bind)
@@ -84,10 +85,10 @@ class Node:
         Raises:
             ProtocolError: this process already publishes under that key.
         """
-        publication = Publication(self, claim)
         with self._lock:
             if claim.shard_key in self._publications:
                 raise ProtocolError("this process already publishes this shard", "withdraw the other one first")
+            publication = Publication(self, claim, self._ended.get(claim.shard_key, (1, 0)))
             self._publications[claim.shard_key] = publication
         self.keeper.add(publication)
         return publication
@@ -97,6 +98,7 @@ class Node:
         with self._lock:
             if self._publications.get(publication.claim.shard_key) is publication:
                 del self._publications[publication.claim.shard_key]
+                self._ended[publication.claim.shard_key] = publication.generation, publication.sequence
 
     def close(self, drain_s: float = STOP_S) -> None:
         """Withdraw everything, give readers ``drain_s``, stop serving. Bounded; idempotent."""

@@ -72,6 +72,12 @@ class Home(Protocol):
 class Publication:
     """Made by ``Node.announce``; ``LOADING`` at first. Thread-safe. See the module.
 
+    Args:
+        home: the process.
+        claim: what it is of.
+        after: generation and sequence at which an earlier publication of this key ended; the server's tombstone
+            refuses whatever is not later (hazard H68).
+
     Attributes:
         claim: what it is of.
         leases: open read leases.
@@ -79,13 +85,13 @@ class Publication:
         unregistered: transport name -> why it could not register the memory.
     """
 
-    def __init__(self, home: Home, claim: Claim) -> None:
+    def __init__(self, home: Home, claim: Claim, after: tuple[int, int] = (1, 0)) -> None:
         self.claim = claim
         self.leases = LeaseTable()
         self.held = Held()
         self.unregistered: dict[str, str] = {}
         self._home = home
-        self._life = Life()
+        self._life = Life(generation=after[0], sequence=after[1] + 1)
         self._lock = threading.RLock()
         self._quiet = threading.Event()
         self._checking = threading.Lock()  # held while a leaf is digested again; taken before ``_lock``
@@ -196,6 +202,11 @@ class Publication:
     def generation(self) -> int:
         """Of the published bytes."""
         return self._life.generation
+
+    @property
+    def sequence(self) -> int:
+        """Of the last announcement."""
+        return self._life.sequence
 
     def status(self) -> PeerStatus:
         """See ``PeerService.status``."""
