@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -220,6 +220,10 @@ class RefreshEngine(WeightTransferEngine):  # type: ignore[misc]
             )
         if self.vllm_config.parallel_config.data_parallel_size > 1:
             raise ConfigError("live refresh of data-parallel engines is not carried", "start new replicas")
+        if self.device.type == "cpu" and self.vllm_config.compilation_config.mode != CompilationMode.NONE:
+            raise ConfigError(  # compiled code on a CPU holds packed weights as constants
+                "compiled code on a CPU may go on using the old weights", "start vLLM with --enforce-eager"
+            )
         return loaded
 
     def _stage(self, workers: Group, request: Request, loaded: Loaded) -> Staged | None:
@@ -339,7 +343,7 @@ class RefreshEngine(WeightTransferEngine):  # type: ignore[misc]
         )
 
     def _republish(self, staged: Staged, loaded: Loaded) -> None:
-        """Offer the staged bytes to others: on the CPU they cost nothing more than what was held before."""
+        """Offer the staged bytes to others: on the CPU most of the old ones were held beside the model as well."""
         settings = loaded.options.settings
         serves = settings.role in (ReplicaRole.AUTO, ReplicaRole.SOURCE) and Stage.LOADED in settings.stages
         wished = staged.request.republish
@@ -454,7 +458,7 @@ def _say_staged(offer: Offer, memory: Staging, paths: list[str], seconds: dict[s
 
 def _say_published(report: PublishReport) -> None:
     log.info(
-        "weightwire: published %d bytes, stage %s, over %s (the staged bytes: nothing is kept a second time)",
+        "weightwire: published %d bytes, stage %s, over %s (the staged bytes, which stay in host memory)",
         report.nbytes,
         report.stage,
         "+".join(report.transports),

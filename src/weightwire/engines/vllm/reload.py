@@ -7,23 +7,29 @@ filled, processed as at load, and copied into the kept tensors, whose addresses 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import vllm
 from torch import nn
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload, layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, materialize_layer
 from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from weightwire.engines.vllm.transforms import METHOD, UNCHANGING
 from weightwire.errors import ConfigError, ManifestMismatch
 
 SUPPORTED = ("0.32",)
@@ -31,7 +37,17 @@ SUPPORTED = ("0.32",)
 
 NEW_REPLICA = "start a new replica from the new weights"
 
+RENEWED_ON_CPU = (
+    "UnquantizedLinearMethod",
+    "UnquantizedEmbeddingMethod",
+    "UnquantizedFusedMoEMethod",
+    "CompressedTensorsW8A8Int8",
+)
+"""Methods (or their schemes) whose kernels were seen to use the new weights afterwards."""
+
 Tensors = Mapping[str, torch.Tensor]
+
+_pointed_at: WeakKeyDictionary[nn.Module, list[torch.Tensor]] = WeakKeyDictionary()
 
 
 def check_version(version: str = vllm.__version__) -> None:
@@ -51,6 +67,7 @@ def check_version(version: str = vllm.__version__) -> None:
 class Fill:
     """What one layer gets: raw tensor by the name that the layer holds it under."""
 
+    path: str
     layer: nn.Module
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -73,7 +90,7 @@ def plan(model: nn.Module, weights: Tensors) -> list[Fill]:
     fills: list[Fill] = []
     reached: set[int] = set()
     for layer, names in paths.items():
-        fill = Fill(layer, dict(_staged(layer, names, weights)))
+        fill = Fill(names[0], layer, dict(_staged(layer, names, weights)))
         if fill.tensors:
             fills.append(fill)
             reached.update(tensor.data_ptr() for tensor in fill.tensors.values())
@@ -81,6 +98,8 @@ def plan(model: nn.Module, weights: Tensors) -> list[Fill]:
         if tensor.numel() and tensor.data_ptr() not in reached:
             raise ManifestMismatch(f"{name} is no parameter or buffer that vLLM reloads", NEW_REPLICA)
     _check_ties(fills)
+    for fill in fills:
+        _check_method(fill)
     return fills
 
 
@@ -127,6 +146,21 @@ def _staged(layer: nn.Module, paths: list[str], weights: Tensors) -> Iterator[tu
         raise ManifestMismatch(f"nothing is offered for {missing[0]}", NEW_REPLICA)
 
 
+def _check_method(fill: Fill) -> None:
+    """On a CPU, kernels keep weights in packed forms of their own, which vLLM's reload forgets: silently wrong."""
+    method = getattr(fill.layer, "quant_method", None)
+    if not isinstance(method, QuantizeMethodBase) or not _on_cpu(fill):
+        return
+    name = type(getattr(fill.layer, "scheme", None) or method).__name__
+    if name not in RENEWED_ON_CPU:
+        raise ManifestMismatch(f"live refresh was not tried with {name} on a CPU ({fill.path})", NEW_REPLICA)
+
+
+def _on_cpu(fill: Fill) -> bool:
+    tensor: torch.Tensor = next(iter(get_layer_tensors(fill.layer).values()))
+    return tensor.device.type == "cpu"
+
+
 def _check_ties(fills: list[Fill]) -> None:
     """What kernels share must get equal bytes: vLLM ties ``lm_head`` where a checkpoint's copy equals the embedding."""
     shared: dict[tuple[str, int], tuple[str, torch.Tensor]] = {}
@@ -137,7 +171,7 @@ def _check_ties(fills: list[Fill]) -> None:
             if held is None or not held.numel():
                 continue
             where = (str(held.device), held.data_ptr())
-            label = f"{type(fill.layer).__name__}.{name}"
+            label = f"{fill.path}.{name}"
             other, first = shared.setdefault(where, (label, new))
             if first.data_ptr() != new.data_ptr() and not torch.equal(first, new):
                 raise ManifestMismatch(
@@ -151,7 +185,34 @@ def _fill(fill: Fill) -> None:
     _keep_transient(fill, info)
     for name, new in fill.tensors.items():
         getattr(fill.layer, name).data.copy_(new)
-    layerwise._layerwise_process(fill.layer, info)  # noqa: SLF001
+    method = getattr(fill.layer, "quant_method", None)
+    if isinstance(method, UnquantizedFusedMoEMethod) and _on_cpu(fill):
+        method.moe_kernel = None  # vLLM packs experts only where there is no kernel yet, as at load
+    with _kept_alive(fill.layer):
+        layerwise._layerwise_process(fill.layer, info)  # noqa: SLF001
+
+
+@contextlib.contextmanager
+def _kept_alive(layer: nn.Module) -> Iterator[None]:
+    """Keep what processing made, where vLLM copies it and lets go of it although a kernel still points there.
+
+    oneDNN's handle for quantized linear layers keeps the address of the scales that it was made with.
+    """
+    method = getattr(layer, "quant_method", None)
+    if not isinstance(method, LinearMethodBase) or isinstance(method, UNCHANGING):
+        yield
+        return
+    process = method.process_weights_after_loading
+
+    def processed(*args: Any, **kwargs: Any) -> None:
+        process(*args, **kwargs)
+        _pointed_at[layer] = list(get_layer_tensors(layer).values())
+
+    vars(method)[METHOD] = processed
+    try:
+        yield
+    finally:
+        del vars(method)[METHOD]
 
 
 def _keep_transient(fill: Fill, info: Any) -> None:

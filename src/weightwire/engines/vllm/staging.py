@@ -5,6 +5,7 @@ Imports nothing of vLLM and no gRPC.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from weightwire.errors import ConfigError, ManifestMismatch, NoSourceError, PublishError, WeightsConflict
-from weightwire.types import State
+from weightwire.types import Json, State
 from weightwire.wire.messages import ReplicaListing, WeightsGroup
 
 MEMINFO = Path("/proc/meminfo")
@@ -55,6 +56,18 @@ class Request:
         if unknown:
             raise ConfigError(f"update_info holds an unknown key {unknown[0][:64]!r}", LEGAL)
         return cls(**given)
+
+    def to_json(self) -> dict[str, Json]:
+        """What ``parse`` reads."""
+        plain: dict[str, Json] = dataclasses.asdict(self)
+        given = {name: value for name, value in plain.items() if value is not None}
+        return {name: value for name, value in given.items() if value is not False or name == "republish"}
+
+    def describe(self) -> str:
+        """In words."""
+        if self.weights_id is not None:
+            return f"weights {self.weights_id[:12]}"
+        return "any weights" if self.latest else f"ordinal {self.ordinal}"
 
     def __post_init__(self) -> None:
         whole = self.ordinal is None or (type(self.ordinal) is int and 0 <= self.ordinal <= MAX_ORDINAL)
@@ -103,7 +116,7 @@ def pick(request: Request, listing: ReplicaListing, held: Held) -> WeightsGroup 
         newest = max(group.ordinal for group in found)
         found = [group for group in found if group.ordinal == newest]
     if not found:
-        raise NoSourceError(f"no replica offers {_name(request)}{_instead(listing)}", "see: weightwire sources")
+        raise NoSourceError(f"no replica offers {request.describe()}{_instead(listing)}", "see: weightwire sources")
     if len(found) > 1:
         ids = ", ".join(sorted(group.weights_id[:12] for group in found))
         raise WeightsConflict(f"{len(found)} weights have ordinal {found[0].ordinal}: {ids}", "name one weights id")
@@ -121,12 +134,6 @@ def _asked(request: Request, group: WeightsGroup) -> bool:
     if request.weights_id is not None:
         return group.weights_id == request.weights_id
     return request.latest or group.ordinal == request.ordinal
-
-
-def _name(request: Request) -> str:
-    if request.weights_id is not None:
-        return f"weights {request.weights_id[:12]}"
-    return "any weights" if request.latest else f"ordinal {request.ordinal}"
 
 
 def _instead(listing: ReplicaListing) -> str:
