@@ -38,7 +38,7 @@ log = logging.getLogger("vllm.weightwire.load")
 
 SLEEP_BACKEND = "weightwire"
 """Taken up by the worker at its first sleep; vLLM 0.32 has no option to name one."""
-RAW_BUDGET, PROCESSED, READY = "raw budget", "processed", "readiness"
+RAW_BUDGET, LOADED, PROCESSED, READY = "raw budget", "loaded", "processed", "readiness"
 """Steps at which the workers agree, besides those of receiving and publishing."""
 
 
@@ -225,7 +225,12 @@ class Load:
         self.published.held = publication.held.nbytes
 
     def finish(self, model: nn.Module) -> None:
-        """The model is processed: publish that stage where raw bytes were never tried, and remember what was loaded."""
+        """The model is processed: publish that stage where raw bytes were never tried, and remember what was loaded.
+
+        Raises:
+            RankLost: another worker did not get here; vLLM itself would wait for it without a bound.
+        """
+        self.group.gather(LOADED, "yes")
         if self.publishes and self.published is None and Stage.PROCESSED in self.options.settings.stages:
             self._publish_processed(model)
         if self._announced is not None and self.published is None:
@@ -381,7 +386,7 @@ def _stay_away(workers: Group, error: WeightwireError) -> None:
     give_up(workers.at("receive"), error)
     for stage in Stage:
         workers.at("publish").refuse(f"publish/{stage.value}", error.problem)
-    for step in (RAW_BUDGET, PROCESSED):
+    for step in (RAW_BUDGET, LOADED, PROCESSED):
         workers.refuse(step, error.problem)
 
 
