@@ -44,12 +44,12 @@ def make(load_config: LoadConfig, load_format: str) -> BaseModelLoader:
 
 
 def load(
-    loader: BaseModelLoader, model: nn.Module, model_config: ModelConfig, progress: Callable[[int, int], None]
+    loader: BaseModelLoader, model: nn.Module, model_config: ModelConfig, progress: Callable[[int, int], None] | None
 ) -> None:
     """Fill ``model`` from where vLLM would; ``progress`` is told bytes read and the bytes of this rank's shard."""
     total = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     reading: Any = getattr(loader, "get_all_weights", None)
-    if reading is not None:
+    if reading is not None and progress is not None:
 
         def counted(*args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
             done = 0

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
@@ -16,30 +15,26 @@ from weightwire.config import OnMiss, ReplicaRole
 from weightwire.engines.vllm import facts, stages, state, transforms
 from weightwire.engines.vllm.classes import CLASSES
 from weightwire.engines.vllm.identity import identities
+from weightwire.engines.vllm.offering import PUBLISH, RAW_BUDGET, Offering
 from weightwire.engines.vllm.options import Options
 from weightwire.engines.vllm.ranks import Place, group
-from weightwire.engines.vllm.readiness import Expectation
 from weightwire.engines.vllm.serving import Loaded, Serving
 from weightwire.errors import FenceTimeout, LoadError, WeightwireError
 from weightwire.identity.identity import Identity
 from weightwire.manifest.catalogue import Catalogue, ConstructionNames, capture, catalogue
 from weightwire.manifest.records import Layout, Manifest
 from weightwire.metadata.decision import Group, Vote
-from weightwire.source.described import Claim
 from weightwire.source.publication import Publication
-from weightwire.source.publish import PublishReport, publish_shard
 from weightwire.target.discover import give_up
 from weightwire.target.offer import Want
 from weightwire.target.receiver import Receiver
 from weightwire.target.report import LoadReport
-from weightwire.types import Json, Role, Stage
+from weightwire.types import Role, Stage
 
 log = logging.getLogger("vllm.weightwire.load")
 
-SLEEP_BACKEND = "weightwire"
-"""Taken up by the worker at its first sleep; vLLM 0.32 has no option to name one."""
-RAW_BUDGET, LOADED, PROCESSED, READY = "raw budget", "loaded", "processed", "readiness"
-"""Steps at which the workers agree, besides those of receiving and publishing."""
+LOADED, PROCESSED = "loaded", "processed"
+"""Steps at which the workers agree, besides those of receiving and offering."""
 
 
 @dataclass(kw_only=True)
@@ -48,26 +43,23 @@ class Load:
 
     Attributes:
         options: of the replica.
-        config: vLLM's.
         model_config: of the model that is loaded, target or draft.
         serving: of this process.
         place: of this worker.
         identities: by stage.
         group: the replica's workers.
         report: of what was received; ``source`` is empty where nothing was.
-        published: what came of publishing, if it was attempted.
+        offering: this replica as a source.
     """
 
     options: Options
-    config: VllmConfig
     model_config: ModelConfig
     serving: Serving
     place: Place
     identities: Mapping[Stage, Identity]
     group: Group
+    offering: Offering
     report: LoadReport = field(default_factory=LoadReport)
-    published: PublishReport | None = None
-    _announced: Publication | None = None
     _receiver: Receiver | None = None
     _received: Manifest | None = None
     _names: ConstructionNames | None = None
@@ -91,15 +83,15 @@ class Load:
         except WeightwireError as error:
             _stay_away(workers, error)
             raise
-        return cls(
-            options=options,
-            config=config,
-            model_config=model_config,
-            serving=serving,
-            place=place,
-            identities=found,
-            group=workers,
-        )
+        shared: dict[str, Any] = {
+            "options": options,
+            "model_config": model_config,
+            "serving": serving,
+            "place": place,
+            "identities": found,
+            "group": workers,
+        }
+        return cls(offering=Offering(config=config, ordinal=options.ordinal, **shared), **shared)
 
     @property
     def role(self) -> Role:
@@ -131,7 +123,7 @@ class Load:
             LoadError: no source, and nothing else is to be read.
         """
         if self.publishes:
-            self._announced = self._claim(self._publish_stage)
+            self.offering.announce(self._publish_stage)
         if not self.pulls:
             return
         settings = self.options.settings
@@ -141,7 +133,7 @@ class Load:
             pinned=self.options.weights_id if self.role is Role.TARGET else "",
             latest=self.options.latest,
             accept_unpinned=settings.accept_unpinned,
-            replica_incarnation=self._life,
+            replica_incarnation=self.offering.life,
             has_disk=settings.on_miss is OnMiss.DISK,
         )
         receiver = Receiver(
@@ -189,6 +181,7 @@ class Load:
             self._decline(error, tell=False)
             return False
         self._received = self._receiver.manifest
+        self.offering.ordinal = self._receiver.header.ordinal
         _say_received(self.report)
         return True
 
@@ -202,11 +195,6 @@ class Load:
         described.declare(state.changed(self._built, state.plain(model)))
         return described
 
-    def progress(self, done: int, total: int) -> None:
-        """How far reading the disk is, for replicas that wait for this one."""
-        if self._announced is not None:
-            self._announced.progress(done, total)
-
     # ---- publishing
 
     @contextmanager
@@ -215,14 +203,14 @@ class Load:
         described = None if self.processed else self._describe_raw(model)
         publication = None
         if described is not None and self.publishes and self._publish_stage is Stage.LOADED:
-            publication = None if self._too_costly(model) else self._publish(Stage.LOADED, described)
+            publication = None if self.offering.too_costly(model) else self._publish(Stage.LOADED, described)
         if publication is None:
             yield
             return
         with transforms.guarded(model, publication.guard(model)):
             yield
-        assert self.published is not None
-        self.published.held = publication.held.nbytes
+        assert self.offering.report is not None
+        self.offering.report.held = publication.held.nbytes
 
     def finish(self, model: nn.Module) -> None:
         """The model is processed: publish that stage where raw bytes were never tried, and remember what was loaded.
@@ -231,10 +219,8 @@ class Load:
             RankLost: another worker did not get here; vLLM itself would wait for it without a bound.
         """
         self.group.gather(LOADED, "yes")
-        if self.publishes and self.published is None and Stage.PROCESSED in self.options.settings.stages:
+        if self.publishes and self.offering.report is None and Stage.PROCESSED in self.options.settings.stages:
             self._publish_processed(model)
-        if self._announced is not None and self.published is None:
-            self._announced.withdraw(0.0)
         if self._raw is not None and self._names is not None:
             self.serving.loaded[self.role] = Loaded(
                 options=self.options,
@@ -244,19 +230,11 @@ class Load:
                 raw=self._raw,
                 state=self._raw.state,
                 weights_id=self._weights_id,
-                ordinal=self._ordinal,
+                ordinal=self.offering.ordinal,
             )
-        if self.published is not None and self.published.published:
-            if self.config.model_config.sleep_mode_backend == "cumem":  # vLLM's default, which ours wraps
-                self.config.model_config.sleep_mode_backend = SLEEP_BACKEND
-            _say_published(self.published)
-            self.serving.offer_when_ready(self.options.settings, self._expectation())
+        self.offering.finish()
 
     # ---- inside
-
-    @property
-    def _life(self) -> str:
-        return str(self.group.once("replica", uuid.uuid4().hex))
 
     @property
     def _publish_stage(self) -> Stage:
@@ -264,27 +242,9 @@ class Load:
         return Stage.PROCESSED if self.processed else self.options.settings.stages[0]
 
     @property
-    def _ordinal(self) -> int:
-        if self._received is not None and self._receiver is not None:
-            return self._receiver.header.ordinal
-        return self.options.ordinal
-
-    @property
     def _weights_id(self) -> str:
-        return self.published.weights_id if self.published else self.report.weights_id if self._received else ""
-
-    def _expectation(self) -> Expectation:
-        """Whose word says that the engine is ready: worker 0's view, whose host has the front end."""
-        mine = Expectation.of(self.config, self.options.quiet_s, os.environ)
-        told: Json = [mine.key, mine.patience_s]
-        if self.group.rank == 0:
-            agreed = self.group.once(READY, told)
-        else:
-            agreed = self.group.follow(READY, self.group.vote_s, told)
-        match agreed:
-            case [str(key), float(patience_s)]:
-                return Expectation(key, patience_s)
-        return mine
+        published = self.offering.report
+        return published.weights_id if published else self.report.weights_id if self._received else ""
 
     def _decline(self, error: WeightwireError, *, tell: bool = True) -> None:
         """A step down: tell the other workers, take note; the end, where nothing else is to be read."""
@@ -311,29 +271,10 @@ class Load:
             described = self.describe(model)
         except WeightwireError as error:
             if self.publishes:
-                self.group.refuse(RAW_BUDGET, error.problem)
-                self._unpublished(Stage.LOADED, error)
+                self.offering.failed(Stage.LOADED, error)
             return None
         self._raw = described.layout
         return described
-
-    def _claim(self, stage: Stage) -> Publication:
-        claim = Claim(
-            identity=self.identities[stage],
-            coordinates=self.place.coordinates,
-            world_size=self.place.size,
-            replica_incarnation=self._life,
-            ordinal=self._ordinal,
-            build_facts=facts.collect(self.model_config),
-        )
-        return self.serving.member(self.options.settings).node.announce(claim)
-
-    def _too_costly(self, model: nn.Module) -> bool:
-        reason = transforms.over_budget(model)
-        verdict = self.group.vote(RAW_BUDGET, Vote(ok=not reason, reason=reason))
-        if not verdict.ok:
-            log.warning("weightwire: the raw stage is not published: %s", verdict.reason)
-        return not verdict.ok
 
     def _publish_processed(self, model: nn.Module) -> None:
         reason, described = stages.undeclared(model), None
@@ -349,43 +290,14 @@ class Load:
             log.warning("weightwire: the processed stage is not published: %s", verdict.reason)
 
     def _publish(self, stage: Stage, described: Catalogue) -> Publication | None:
-        received = self._received if self.report.stage == stage.value else None
-        self.published = PublishReport(stage=stage.value)
-        try:
-            publication = self._publication(stage)
-            self.published = publish_shard(
-                publication, described, self.group.at("publish"), manifest=received, hold=True
-            )
-        except WeightwireError as error:  # a replica that cannot be a source still serves its users
-            if self._announced is not None:
-                self._announced.withdraw(0.0)
-            self._unpublished(stage, error)
-            return None
-        self.serving.hold(self.role, publication)
-        return publication
-
-    def _publication(self, stage: Stage) -> Publication:
-        """The announced one, or one of another stage where another was announced."""
-        announced = self._announced
-        if announced is not None and announced.claim.identity.stage is stage and not announced.over:
-            announced.learn(facts.collect(self.model_config))
-            return announced
-        if announced is not None:
-            announced.withdraw(0.0)
-        self._announced = self._claim(stage)
-        return self._announced
-
-    def _unpublished(self, stage: Stage, error: WeightwireError) -> None:
-        self.group.at("publish").refuse(f"publish/{stage.value}", error.problem)  # no effect after a vote
-        self.published = PublishReport(stage=stage.value, reason=error.problem)
-        log.error("weightwire: not published: %s", error)  # one line is the contract
+        return self.offering.publish(stage, described, self._received if self.report.stage == stage.value else None)
 
 
 def _stay_away(workers: Group, error: WeightwireError) -> None:
     """This worker takes no part: tell the others at every step where they would wait for it."""
     give_up(workers.at("receive"), error)
     for stage in Stage:
-        workers.at("publish").refuse(f"publish/{stage.value}", error.problem)
+        workers.at(PUBLISH).refuse(f"publish/{stage.value}", error.problem)
     for step in (RAW_BUDGET, LOADED, PROCESSED):
         workers.refuse(step, error.problem)
 
@@ -396,17 +308,3 @@ def _say_received(report: LoadReport) -> None:
     log.info("weightwire: content id %s of weights id %s, stage %s", report.content_id, report.weights_id, report.stage)
     for warning in report.warnings:
         log.warning("weightwire: %s", warning)
-
-
-def _say_published(report: PublishReport) -> None:
-    seconds = ", ".join(f"{name} {value:.3f}" for name, value in report.seconds.items())
-    log.info(
-        "weightwire: published %d bytes, stage %s, over %s, held until the engine is ready "
-        "(kept a second time: %d bytes; seconds: %s)",
-        report.nbytes,
-        report.stage,
-        "+".join(report.transports),
-        report.held,
-        seconds,
-    )
-    log.info("weightwire: content id %s of weights id %s, stage %s", report.content_id, report.weights_id, report.stage)

@@ -15,7 +15,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.utils import weights_already_processed
 
 from weightwire.engines.vllm.options import Options
-from weightwire.errors import CheckpointError, ConfigError, LoadError, WeightwireError
+from weightwire.errors import CheckpointError, ConfigError, LoadError, RankLost, WeightwireError
 
 if TYPE_CHECKING:
     from weightwire.engines.vllm.load import Load
@@ -131,7 +131,7 @@ class PreshardedLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not in
                 raise ConfigError("no metadata server is named", 'give "url" in the extra config or WEIGHTWIRE_URL')
             return Load.begin(self.options, vllm_config, model_config, _serving())
         except WeightwireError as error:
-            if settings.on_miss is OnMiss.FAIL:
+            if settings.on_miss is OnMiss.FAIL or isinstance(error, RankLost):
                 raise
             log.warning("weightwire: no peer, reading the disk: %s", error)
             return None
@@ -148,7 +148,9 @@ class PreshardedLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not in
         if nbytes:
             log.warning("weightwire: up to %.1f MB of %s are downloaded", nbytes / 1e6, model_config.model)
         try:
-            fallback.load(self._fallback(), model, model_config, load.progress if load else lambda _done, _total: None)
+            fallback.load(
+                self._fallback(), model, model_config, load.offering.progress if load else lambda _done, _total: None
+            )
         except (RuntimeError, OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             kind = LoadError if load is not None and load.pulls else CheckpointError

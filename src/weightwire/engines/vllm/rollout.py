@@ -28,6 +28,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from weightwire.engines.vllm.staging import Request
@@ -113,17 +114,25 @@ class Rollout:
         except Refused:
             self._end()
             raise
+        except Gone as error:
+            self._abandon(self.stage_s)  # answered once staging is over
+            raise Refused(
+                f"the new weights were not staged within {self.stage_s:g} s",
+                "the old weights serve; try again, with a longer --stage-timeout",
+            ) from error
 
     def _pause(self) -> None:
         try:
             self._call(f"pause?mode={self.mode}", timeout=self.drain_s)
         except Gone as error:
+            self._call("resume")
             self._abandon()
             raise Refused(
                 f"requests were still under way after {self.drain_s:g} s",
                 "the old weights serve; try again, with a longer --drain-timeout or with --mode abort",
             ) from error
         except Refused:
+            self._call("resume")
             self._abandon()
             raise
 
@@ -134,7 +143,9 @@ class Rollout:
         except Refused as error:
             if not self._healthy():
                 raise Gone(f"the swap failed and the engine ended ({error.problem})", "start it again") from error
-            self._end("start_weight_update", "finish_weight_update")
+            with contextlib.suppress(Refused):  # by the worker that told; now the session is open on all
+                self._call("start_weight_update")
+            self._end()
             self._call("resume")
             raise
         except Gone as error:
@@ -153,20 +164,15 @@ class Rollout:
         for cache in CACHES:
             self._call(cache)
 
-    def _abandon(self) -> None:
-        """Undo a pause, and drop what was staged."""
-        self._call("resume")
-        self._end()
-        self._end("start_weight_update")
-        with contextlib.suppress(Refused):
-            self._call("update_weights", {"update_info": Request(abandon=True).to_json()})
+    def _abandon(self, timeout: float = CALL_S) -> None:
+        """Drop what was staged, then end the session: one that ends with something staged swaps it in."""
+        self._call("update_weights", {"update_info": Request(abandon=True).to_json()}, timeout=timeout)
         self._end()
 
-    def _end(self, *calls: str) -> None:
-        """End a session that failed: some workers have ended it already and say so."""
-        for call in calls or ("finish_weight_update",):
-            with contextlib.suppress(Refused):
-                self._call(call, {} if call == "finish_weight_update" else None)
+    def _end(self) -> None:
+        """End a session that failed: the worker that told of the failure has ended it already, and says so."""
+        with contextlib.suppress(Refused):
+            self._call("finish_weight_update", {})
 
     def _healthy(self) -> bool:
         try:
@@ -237,7 +243,7 @@ def parse(arguments: Sequence[str] | None = None) -> Rollout:
     parser.add_argument("--stage-timeout", type=float, default=Rollout.stage_s, metavar="S", help="(%(default)g)")
     parser.add_argument("--drain-timeout", type=float, default=Rollout.drain_s, metavar="S", help="(%(default)g)")
     parser.add_argument("--swap-timeout", type=float, default=Rollout.swap_s, metavar="S", help="(%(default)g)")
-    parser.add_argument("--api-key-file", type=argparse.FileType(), help="the server's key, where it has one")
+    parser.add_argument("--api-key-file", type=Path, help="with the server's key, where it has one")
     given = parser.parse_args(arguments)
     url = str(given.url).rstrip("/")
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
@@ -249,8 +255,15 @@ def parse(arguments: Sequence[str] | None = None) -> Rollout:
         stage_s=given.stage_timeout,
         drain_s=given.drain_timeout,
         swap_s=given.swap_timeout,
-        api_key=given.api_key_file.read().strip() if given.api_key_file else "",
+        api_key=_key(given.api_key_file),
     )
+
+
+def _key(path: Path | None) -> str:
+    try:
+        return path.read_text().strip() if path else ""
+    except OSError as error:
+        raise ConfigError(f"--api-key-file {path} cannot be read ({error.strerror})", "name a readable file") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
