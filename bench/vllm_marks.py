@@ -6,6 +6,7 @@ No loader of vLLM says all three. Nothing is changed but that a line is written 
 from __future__ import annotations
 
 import functools
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -22,9 +23,10 @@ def register() -> None:
 
 
 def write_site(root: Path) -> Path:
-    """A directory to put on the Python path, beside this file's own, which makes this a plugin of vLLM."""
+    """A directory to put on the Python path, which makes this a plugin of vLLM."""
     info = root / "vllm_marks-0.dist-info"
     info.mkdir(parents=True)
+    shutil.copy(__file__, root / "vllm_marks.py")
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-marks\nVersion: 0\n")
     (info / "entry_points.txt").write_text("[vllm.general_plugins]\nmarks = vllm_marks:register\n")
     return root
@@ -32,7 +34,7 @@ def write_site(root: Path) -> Path:
 
 def _around(module: Any, name: str, before: str, after: str) -> None:
     inner: Callable[..., Any] = getattr(module, name)
-    if hasattr(inner, "__wrapped__"):
+    if hasattr(inner, "marked"):
         return
 
     @functools.wraps(inner)
@@ -43,6 +45,7 @@ def _around(module: Any, name: str, before: str, after: str) -> None:
         finally:
             _mark(after)
 
+    vars(marked)["marked"] = True
     setattr(module, name, marked)
 
 

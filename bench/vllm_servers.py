@@ -21,6 +21,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE]  # nixl is not bench/nixl.py
+
 MODEL_ID = "bench/smollm2"
 NAME = "m"
 ENVIRONMENT = {

@@ -85,13 +85,13 @@ def main() -> None:
         scratch = Path(open_things.enter_context(tempfile.TemporaryDirectory()))
         url = open_things.enter_context(metadata_server())
         cases, missing = prepare(options, url, scratch)
-        paths = [str(write_site(scratch / "site")), str(Path(__file__).parent), *options.path]
+        paths = [str(write_site(scratch / "site")), *options.path]
         source = open_things.enter_context(
             serve(options.checkpoint, "presharded", settings(url, role="source"), paths=paths)
         )
         source.ready()
         source.says("offered to others")
-        runs = measure(cases, options, paths)
+        runs = measure(cases, options, paths, missing)
     report(options, header, runs, missing)
 
 
@@ -161,18 +161,24 @@ def save_sharded(checkpoint: Path, saved: Path) -> dict[str, str]:
 
 
 def measure(
-    cases: Mapping[str, Case], options: argparse.Namespace, paths: Sequence[str]
+    cases: Mapping[str, Case], options: argparse.Namespace, paths: Sequence[str], missing: dict[str, str]
 ) -> dict[str, list[dict[str, float]]]:
-    """Every case ``--runs`` times, interleaved; the order turns by one from round to round."""
+    """Every case ``--runs`` times, interleaved; the order turns by one each round. A case that fails is out."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     names = list(cases)
     for turn in range(options.runs):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if name in missing:
+                continue
             log = options.logs / f"{name}-{turn + 1}.log" if options.logs else Path(os.devnull)
-            found[name].append(once(cases[name], paths, log))
+            try:
+                found[name].append(once(cases[name], paths, log))
+            except SystemExit as error:
+                missing[name] = f"a start failed:\n{error}"
+                continue
             shown = ", ".join(f"{phase} {found[name][-1][phase]:.2f}" for phase in PHASES)
             print(f"run {turn + 1}, {name}: {shown}", file=sys.stderr)
-    return found
+    return {name: rows for name, rows in found.items() if rows and name not in missing}
 
 
 def once(case: Case, paths: Sequence[str], log: Path) -> dict[str, float]:
@@ -187,7 +193,7 @@ def once(case: Case, paths: Sequence[str], log: Path) -> dict[str, float]:
         server.ask(PROMPT, 1)
         first = time.monotonic() - asked
         if case.load_format == "presharded":
-            server.says("weightwire: published")
+            server.says("weightwire: received")
     log.write_text("".join(f"{at - server.began:8.3f} {line}\n" for at, line in server.lines))
     return phases(server, ready) | {"first token": first, "cached bytes before": cached}
 
@@ -200,18 +206,15 @@ def phases(server: Server, ready: float) -> dict[str, float]:
         at(server, "non-default args"),
         at(server, "Initializing a V1 LLM engine"),
         at(server, "Starting to load model"),
-        marks["construction began"],
-        marks["constructed"],
-        marks["weights in place"],
-        marks["processed"],
+        *(marks[name] for name in ("construction began", "constructed", "weights in place", "processed")),
         at(server, "init engine (profile"),
         server.began + ready,
     ]
     names = [name for name in PHASES if name not in ("publish", "ready", "first token")]
     parts = {name: end - begin for name, begin, end in zip(names, stops, stops[1:], strict=True)}
-    published = sum(seconds(server.line("weightwire: published")).values())
-    parts["publish"] = published
-    parts["weights"] -= published
+    received = server.when("weightwire: received")  # what comes then, until post-load steps begin, is publishing
+    parts["publish"] = marks["weights in place"] - received if received else 0.0
+    parts["weights"] -= parts["publish"]
     inside = seconds(server.line("weightwire: received"))
     return parts | {"ready": ready} | {f"weights: {name}": value for name, value in inside.items()}
 
