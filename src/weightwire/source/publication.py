@@ -15,8 +15,7 @@ from typing import Protocol
 
 from torch import nn
 
-from weightwire.errors import GenerationMoved, ProtocolError, PublishError, TransferError, WeightwireError
-from weightwire.manifest.address import AddressSpace
+from weightwire.errors import GenerationMoved, ProtocolError, PublishError, WeightwireError
 from weightwire.manifest.records import Layout, Manifest
 from weightwire.metadata import lifecycle
 from weightwire.metadata.api import Keeping, Metadata
@@ -24,10 +23,11 @@ from weightwire.metadata.lifecycle import Life
 from weightwire.observability.metrics import Metrics
 from weightwire.source import described
 from weightwire.source.described import Claim, Holding
-from weightwire.source.leases import LeaseTable, ReadLease
+from weightwire.source.leases import LeaseTable
+from weightwire.source.registered import Registered
 from weightwire.source.scrub import digest_aside, tensors_of
 from weightwire.source.snapshot import Held, Snapshot, storages
-from weightwire.transport.base import Registration, Transport
+from weightwire.transport.base import Transport
 from weightwire.types import Json
 from weightwire.wire.messages import (
     LeafRange,
@@ -82,21 +82,20 @@ class Publication:
         claim: what it is of.
         leases: open read leases.
         held: bytes kept a second time for readers of the raw stage.
-        unregistered: transport name -> why it could not register the memory.
+        memory: registered; says by which transports, and why not by others.
     """
 
     def __init__(self, home: Home, claim: Claim, after: tuple[int, int] = (1, 0)) -> None:
         self.claim = claim
         self.leases = LeaseTable()
         self.held = Held()
-        self.unregistered: dict[str, str] = {}
+        self.memory = Registered(home.transports)
         self._home = home
         self._life = Life(generation=after[0], sequence=after[1] + 1)
         self._lock = threading.RLock()
         self._quiet = threading.Event()
         self._checking = threading.Lock()  # held while a leaf is digested again; taken before ``_lock``
         self._holding: Holding | None = None
-        self._registrations: dict[str, Registration] = {}
         self._retraction: lifecycle.Retract | None = None
         self._done = (0, 0)
 
@@ -123,13 +122,13 @@ class Publication:
         """
         with self._lock:
             self._holding = holding
-            self._register(holding.memory)
+            self.memory.register(holding.memory)
             self._apply(lifecycle.Digested(time.monotonic()))
 
     def offer(self) -> None:
         """The engine says that the bytes may be read."""
         with self._lock:
-            self.leases.serve(self._registrations)
+            self.leases.serve(self.memory.by_name)
             self._apply(lifecycle.Offer(time.monotonic()))
 
     def guard(self, model: nn.Module) -> Snapshot:
@@ -161,8 +160,8 @@ class Publication:
             if manifest is not None:
                 holding = Holding(manifest=manifest, memory=holding.memory, weights_id=weights_id)
                 self._holding = holding
-            self._register(holding.memory)
-            self.leases.serve(self._registrations)
+            self.memory.register(holding.memory)
+            self.leases.serve(self.memory.by_name)
             self._quiet.clear()
             self._apply(lifecycle.Resume(time.monotonic()))
 
@@ -196,7 +195,7 @@ class Publication:
     @property
     def served(self) -> list[str]:
         """Names of the transports that serve it."""
-        return list(self._registrations)
+        return list(self.memory.by_name)
 
     @property
     def generation(self) -> int:
@@ -230,7 +229,7 @@ class Publication:
             now = time.monotonic()
             self._apply(lifecycle.ReaderOpened(now, lease.token, now + LEASE_TTL_S))
             try:
-                endpoints = self._endpoints(lease)
+                endpoints = self.memory.endpoints(lease)
             except WeightwireError:
                 self.close_read(lease.token)
                 raise
@@ -357,27 +356,7 @@ class Publication:
         else:
             log.error("a leaf is still being digested after %.0f s; its memory must stay", CHECK_S)
         self.leases.serve({})
-        for name, registration in self._registrations.items():
-            self._home.transports[name].deregister(registration, max(until, time.monotonic() + 1.0))
-        self._registrations = {}
-
-    def _register(self, memory: AddressSpace) -> None:
-        self._registrations, self.unregistered = {}, {}
-        for name, transport in self._home.transports.items():
-            try:
-                self._registrations[name] = transport.register(memory)
-            except TransferError as error:
-                self.unregistered[name] = error.problem
-                log.warning("%s cannot serve this memory: %s", name, error)
-        if not self._registrations:
-            reasons = "; ".join(f"{name}: {why}" for name, why in self.unregistered.items()) or "none is set up"
-            raise PublishError(f"no transport can serve this memory ({reasons})", "see: weightwire doctor")
-
-    def _endpoints(self, lease: ReadLease) -> dict[str, bytes]:
-        return {
-            name: self._home.transports[name].describe(self._registrations[name], lease.token)
-            for name in lease.transports
-        }
+        self.memory.release(until)
 
     def _offered(self) -> Holding:
         if not self._life.admits or self._holding is None:
