@@ -13,7 +13,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from vllm_plants import PLANTS
 
 VARIABLE = "VLLM_TEST_FAULTS"
 FOREVER = 3600.0
@@ -26,13 +29,15 @@ class Faults:
     Attributes:
         rank: the tensor-parallel rank that it goes wrong on; -1 for all.
         steps: some of ``find``, ``construct``, ``fill`` and ``publish``.
-        kind: what happens when such a step begins: ``fail`` (as its own causes do), ``crash`` (an error that nobody
-            foresaw), ``die``, ``freeze`` or ``late``.
+        kind: what happens when such a step begins: ``fail`` (as its own causes do), ``fail once``, ``crash`` (an error
+            that nobody foresaw), ``die``, ``freeze`` or ``late``.
         late_s: how late.
         margin_s: how much longer than the leader the other ranks wait for its choice.
         read_s: how much longer each read from a peer takes.
+        gate, gate_after: after so many reads each waits until this file is there.
         corrupt_after: reads from a peer after which all that arrives is changed; -1 for never.
         warm_up_s: how much longer the engine warms up.
+        plants: names in ``vllm_plants.PLANTS``.
         plain_linear: linear weights are not packed, so that processed weights are tensors on a CPU too.
     """
 
@@ -42,8 +47,11 @@ class Faults:
     late_s: float = 0.0
     margin_s: float = 3.0
     read_s: float = 0.0
+    gate: str = ""
+    gate_after: int = 0
     corrupt_after: int = -1
     warm_up_s: float = 0.0
+    plants: tuple[str, ...] = ()
     plain_linear: bool = False
 
 
@@ -80,13 +88,15 @@ def install(faults: Faults, worker: Any) -> None:
         _put(vllm._custom_ops, "_supports_onednn", lambda _real: False)
     if faults.warm_up_s:
         _put(worker, "compile_or_warm_up_model", lambda real: _after(real, lambda: time.sleep(faults.warm_up_s)))
-    if faults.read_s or faults.corrupt_after >= 0:
-        _bad_reads(faults.read_s, faults.corrupt_after)
+    if faults.read_s or faults.gate or faults.corrupt_after >= 0:
+        _bad_reads(faults)
+    for plant in faults.plants:
+        PLANTS[plant]()
     for step in faults.steps:
         _at_step(faults, step)
 
 
-def _bad_reads(seconds: float, corrupt_after: int) -> None:
+def _bad_reads(faults: Faults) -> None:
     from weightwire.loaders import member
     from weightwire.transport.faults import Corrupt, Delay, Fault, FaultPlan, FaultyTransport
     from weightwire.transport.opening import Opened
@@ -96,9 +106,11 @@ def _bad_reads(seconds: float, corrupt_after: int) -> None:
 
         def decide(self, _connection: int, _read: int) -> Fault | None:
             Plan.reads += 1
-            if 0 <= corrupt_after < Plan.reads:
+            while faults.gate and faults.gate_after < Plan.reads and not Path(faults.gate).exists():
+                time.sleep(0.05)
+            if 0 <= faults.corrupt_after < Plan.reads:
                 return Corrupt()
-            return Delay(seconds) if seconds else None
+            return Delay(faults.read_s) if faults.read_s else None
 
     def opening(real: Callable[..., Opened]) -> Callable[..., Opened]:
         def open_transports(settings: Any, secret: Any, gates: Any, *args: Any) -> Opened:
@@ -119,28 +131,6 @@ def _at_step(faults: Faults, step: str) -> None:
     from weightwire.target import discover
     from weightwire.target.receiver import Receiver
 
-    def go_wrong() -> None:
-        _say(f"fault: {faults.kind} at {step}")
-        match faults.kind:
-            case "crash":
-                raise RuntimeError("made to crash")
-            case "die":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "freeze":
-                time.sleep(FOREVER)
-            case "late":
-                time.sleep(faults.late_s)
-
-    def fails(error: Exception) -> Callable[[Any], Callable[..., Any]]:
-        def replaced(_real: Any) -> Callable[..., Any]:
-            def failing(*_args: Any, **_kwargs: Any) -> Any:
-                _say(f"fault: fail at {step}")
-                raise error
-
-            return failing
-
-        return replaced
-
     lost, indescribable = PeerLost("made to fail", "a test did it"), CatalogueError("made to fail", "a test did it")
     places: dict[str, tuple[Any, str, tuple[Any, str, Exception]]] = {
         "find": (Receiver, "find", (discover, "fetch_manifest", lost)),
@@ -149,10 +139,36 @@ def _at_step(faults: Faults, step: str) -> None:
         "publish": (Load, "publish_raw", (Load, "describe", indescribable)),
     }
     owner, name, (cause, method, error) = places[step]
-    if faults.kind == "fail":
-        _put(cause, method, fails(error))
+    if faults.kind.startswith("fail"):
+        _put(cause, method, lambda real: _failing(real, error, faults.kind, step))
     else:
-        _put(owner, name, lambda real: _after(real, go_wrong))
+        _put(owner, name, lambda real: _after(real, lambda: _go_wrong(faults, step)))
+
+
+def _go_wrong(faults: Faults, step: str) -> None:
+    _say(f"fault: {faults.kind} at {step}")
+    match faults.kind:
+        case "crash":
+            raise RuntimeError("made to crash")
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "freeze":
+            time.sleep(FOREVER)
+        case "late":
+            time.sleep(faults.late_s)
+
+
+def _failing(real: Callable[..., Any], error: Exception, kind: str, step: str) -> Callable[..., Any]:
+    failed: list[bool] = []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if failed and kind == "fail once":
+            return real(*args, **kwargs)
+        failed.append(True)
+        _say(f"fault: {kind} at {step}")
+        raise error
+
+    return failing
 
 
 def _after(real: Callable[..., Any], what: Callable[[], None]) -> Callable[..., Any]:

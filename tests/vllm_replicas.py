@@ -162,6 +162,10 @@ class Process:
             with contextlib.suppress(ProcessLookupError):
                 send(self.child.pid, number)
 
+    def terminate(self) -> None:
+        """SIGTERM to the one that was started, as a supervisor sends it."""
+        os.kill(self.child.pid, signal.SIGTERM)
+
     def kill(self) -> None:
         """All its processes, whatever state they are in."""
         self.signal(signal.SIGKILL)

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 spec = importlib.util.find_spec("vllm")
 # this very directory is found as a package without an origin where vLLM is not installed
 collect_ignore_glob = [] if spec is not None and spec.origin else ["test_vllm_*.py"]
+
+HERE = Path(__file__).parent
+BUSY_S = 600
+"""A case takes ten to twenty seconds where nothing else runs."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.timeout(BUSY_S))
+
 
 if not collect_ignore_glob:
     from vllm_checkpoints import Checkpoints

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from vllm_checkpoints import Checkpoints
 from vllm_replicas import Fleet, Shared
 
 from weightwire.wire.messages import PublicationState
 
-SLOW = {"read_s": 2.0}
 
-
-def test_third_starts_while_the_second_is_loading(fleet: Fleet, checkpoints: Checkpoints) -> None:
-    name = "starts/third"
+def test_third_starts_while_the_second_is_loading(fleet: Fleet, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    name, gate = "starts/third", tmp_path / "gate"
     first = fleet.offline(checkpoints.full("llama"), name).ready()
     fleet.until(name, 1, 30, first)
-    second = fleet.offline(checkpoints.bare("llama"), name, extra={"on_miss": "fail"}, faults=SLOW)
+    patient = {"on_miss": "fail", "poison": True, "stall_timeout": 120}
+    second = fleet.offline(checkpoints.bare("llama"), name, extra=patient, faults={"gate": str(gate), "gate_after": 3})
     fleet.reading(name, 90, second)
-    third = fleet.offline(checkpoints.bare("llama"), name, extra={"on_miss": "fail", "poison": True})
+    third = fleet.offline(checkpoints.bare("llama"), name, extra=patient)
     third.says("Starting to load model")
     assert not second.lines("weightwire: received"), "the second was done before the third began"
+    gate.touch()
     second.ready()
     third.ready()
     fleet.only(name, 3, second, third)
@@ -64,7 +65,7 @@ def test_h24_nobody_serves_and_nothing_is_on_the_disk(fleet: Fleet, checkpoints:
 def test_h52_held_until_the_engine_is_ready(fleet: Fleet, checkpoints: Checkpoints) -> None:
     """The front end of a real server says when; workers never offer what the engine still warms up with."""
     name = "starts/held"
-    server = fleet.api(checkpoints.full("llama"), name, extra={"quiet_s": 3600}, faults={"warm_up_s": 5.0}, fresh=True)
+    server = fleet.api(checkpoints.full("llama"), name, extra={"quiet_s": 3600}, faults={"warm_up_s": 5.0})
     seen: list[PublicationState] = []
     offered_before_health = False
     until = time.monotonic() + 200

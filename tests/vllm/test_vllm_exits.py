@@ -1,0 +1,52 @@
+"""How processes end: with the exit codes that they ought to have, and without a crash of any worker (hazard H70)."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+from vllm_checkpoints import Checkpoints
+from vllm_replicas import Fleet, Process, Shared
+
+CRASHES = ("Segmentation fault", "Fatal Python error", "core dumped", "exit code: -11", "exitcode -11")
+
+
+def assert_no_crash(process: Process) -> None:
+    for sign in CRASHES:
+        assert not process.lines(sign), process.tail()
+
+
+def test_h70_offline_source_and_target_end_with_zero(fleet: Fleet, checkpoints: Checkpoints) -> None:
+    """Both made NIXL agents, which crash at an interpreter's usual end; what they published is gone at once."""
+    name = "exits/offline"
+    first = fleet.offline(checkpoints.full("llama"), name).ready()
+    fleet.until(name, 1, 30, first)
+    second = fleet.offline(checkpoints.bare("llama"), name, extra={"on_miss": "fail"}).ready()
+    assert "over nixl/" in second.says("weightwire: received "), second.tail()
+    fleet.only(name, 2, first, second)
+    assert first.stop() == 0
+    assert second.stop() == 0
+    assert fleet.sources(name) == []
+    assert_no_crash(first)
+    assert_no_crash(second)
+
+
+def test_h70_two_workers_end_with_zero(fleet: Fleet, shared: Shared, checkpoints: Checkpoints) -> None:
+    extra = {"on_miss": "fail", "role": "target"}
+    replica = fleet.offline(checkpoints.bare("llama"), shared.name("llama", 2), tp=2, extra=extra).ready()
+    assert all("over nixl/" in line for line in replica.lines("weightwire: received ")), replica.tail()
+    assert replica.stop() == 0
+    assert_no_crash(replica)
+
+
+def test_h70_server_with_a_shutdown_timeout_withdraws(fleet: Fleet, checkpoints: Checkpoints) -> None:
+    """Started as users start it: a fresh interpreter, and vLLM's processes spawned."""
+    name = "exits/server"
+    server = fleet.api(checkpoints.full("llama"), name, engine={"--shutdown-timeout": 10}, fresh=True).ready(400)
+    fleet.until(name, 1, 30, server)
+    began = time.monotonic()
+    server.terminate()
+    assert server.ends(60) in (0, -signal.SIGTERM)
+    assert time.monotonic() - began < 40
+    assert fleet.sources(name) == [], "withdrawn, not only suspect"
+    assert_no_crash(server)
