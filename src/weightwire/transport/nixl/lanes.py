@@ -35,11 +35,12 @@ _LANE = re.compile(r"\b(?P<transport>[a-z][a-z0-9_]*)/[\w.:-]+")
 _TABLE = re.compile(r"^[|+]")
 _WAY = re.compile(r"\| remote memory read by ucp_get\*\S* into (?P<to>\S+)(?: memory)? from (?P<source>\S+)")
 
-DEFAULTS = {"UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on"}
+DEFAULTS = {"UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on", "UCX_WARN_UNUSED_ENV_VARS": "n"}
 """Settings of ours, where the user has none.
 
 Left to itself UCX reads from another process's device memory only where it sees NVLink; elsewhere, also between
-processes on one device, it has the source copy to host memory and send it over TCP, a hundred times slower.
+processes on one device, it has the source copy to host memory and send it over TCP, a hundred times slower. A UCX without
+CUDA does not know that setting, and would warn of it at every agent.
 """
 
 NOT_NETWORKS = frozenset(
