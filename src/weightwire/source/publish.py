@@ -105,7 +105,7 @@ def publish_shard(
     report.published, report.content_id, report.weights_id = True, manifest.content_id, together
     report.nbytes, report.unavailable = manifest.layout.nbytes, dict(publication.memory.failed)
     report.transports = publication.served
-    log.debug("published %s of %s: %d bytes", report.stage, claim.identity.model_id, report.nbytes)
+    log.info("published %s of %s: %d bytes", report.stage, claim.identity.model_id, report.nbytes)
     return report
 
 
