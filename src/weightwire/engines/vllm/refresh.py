@@ -3,7 +3,8 @@
 ``update_weights`` stages: the new shard arrives in host memory beside the old one and is verified, and the workers
 decide together; nothing that is served changes. ``finish_weight_update`` swaps, while the caller has paused the engine,
 and offers the new raw bytes to others. Whatever fails before the swap leaves the old weights; a swap that fails half
-way ends the process, so that mixed weights never answer.
+way ends the process, so that mixed weights never answer. With ``"background": true`` staging goes on in a thread while
+the model serves; a further ``update_weights`` for the same weights waits for its end.
 
 How errors travel: vLLM's executor stops reading its workers' answers at the first error, and takes the others' for
 answers to the next call. So only the replica's last worker raises, after all have decided; the others log. After an
@@ -20,7 +21,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,43 +34,26 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from weightwire.config import ReplicaRole
-from weightwire.engines.vllm import facts, reload, state
+from weightwire.engines.vllm import reload, state
+from weightwire.engines.vllm.arrival import Arrival, Staged
 from weightwire.engines.vllm.ranks import Place, group
 from weightwire.engines.vllm.serving import Loaded, Serving, process_serving
-from weightwire.engines.vllm.staging import Held, Memory, Request, check_state, pick
-from weightwire.errors import (
-    ConfigError,
-    DecisionError,
-    FenceTimeout,
-    ManifestMismatch,
-    MetadataError,
-    MismatchError,
-    NoSourceError,
-    WeightwireError,
-)
-from weightwire.identity.identity import Identity
+from weightwire.engines.vllm.staging import Request
+from weightwire.errors import ConfigError, DecisionError, WeightwireError
 from weightwire.manifest.records import Layout
-from weightwire.manifest.staging import Staging
 from weightwire.metadata.decision import Group, Vote
 from weightwire.source.described import Claim
 from weightwire.source.publish import PublishReport, publish_shard
-from weightwire.target.discover import give_up
-from weightwire.target.offer import Offer, Want
-from weightwire.target.receiver import Receiver
-from weightwire.types import Json, Role, Stage, TensorClass
-from weightwire.wire.messages import FindReplicas
+from weightwire.types import Role, Stage
 
 log = logging.getLogger("vllm.weightwire.refresh")
 
-BEGIN, WANTED, STAGED, SWAP = "begin", "wanted", "staged", "swap"
-"""Steps at which the workers vote, besides those of receiving and publishing."""
-
+SWAP = "swap"
+"""The last step at which the workers vote."""
 DRAIN_S = 3.0
 """What readers of the old bytes get, of the time that the engine is paused."""
 VOTE_S = 120.0
 """Where the model was not loaded by us, which is an error to come."""
-
-KINDS = {kind.__name__: kind for kind in (NoSourceError, MismatchError, MetadataError, DecisionError)}
 
 
 @dataclass
@@ -82,29 +66,6 @@ class RefreshUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """See ``staging.Request``, which checks it."""
 
     request: Request
-
-
-@dataclass(kw_only=True)
-class Staged:
-    """Verified bytes that wait for the swap.
-
-    Attributes:
-        request: what was asked for.
-        memory: the bytes.
-        offer: what they are.
-        identity: of the new weights.
-        fills: how they get into the model.
-        workers: who decide together, at this refresh's epoch.
-        seconds: by phase.
-    """
-
-    request: Request
-    memory: Staging
-    offer: Offer
-    identity: Identity
-    fills: list[reload.Fill]
-    workers: Group
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class RefreshEngine(WeightTransferEngine):  # type: ignore[misc]
@@ -121,7 +82,7 @@ class RefreshEngine(WeightTransferEngine):  # type: ignore[misc]
         self._serving: Serving = process_serving()
         self._place = Place.of(vllm_config)
         self._staged: Staged | None = None
-        self._condemned: list[Staging] = []
+        self._arriving: Arrival | None = None
 
     def init_transfer_engine(self, init_info: RefreshInitInfo) -> None:
         """Nothing; the call is not needed."""
@@ -139,19 +100,20 @@ class RefreshEngine(WeightTransferEngine):  # type: ignore[misc]
         """
         self._staged = None
         with self._told():
-            workers = group(self._place, "refresh", self._vote_s)
-            try:
-                request, loaded = self._begin(workers, update_info)
-                if not request.abandon:
-                    self._staged = self._stage(workers, request, loaded)
-            except WeightwireError:
-                raise
-            except Exception as error:  # the edge of a call from another process: the other workers must not wait
-                log.exception("weightwire: staging failed; this is a bug")
-                problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-                bug = DecisionError(f"staging failed ({problem})", "this is a bug; its trace is in the log")
-                _stay_away(workers, bug)
-                raise bug from error
+            arrival = self._arrival()
+            loaded = arrival.begin(update_info, self._loaded)
+            earlier, self._arriving = self._arriving, None
+            if earlier is not None and earlier.request.same(arrival.request):
+                self._staged = earlier.wait(self._patience(loaded))
+                return
+            if earlier is not None:  # one at a time: that is what the bound on memory says
+                with contextlib.suppress(WeightwireError):
+                    earlier.wait(self._patience(loaded))
+            if arrival.request.background:
+                self._arriving = arrival
+                arrival.start(loaded)
+            elif not arrival.request.abandon:
+                self._staged = arrival.stage(loaded)
 
     def receive_weights(self, update_info: RefreshUpdateInfo) -> None:
         """As ``update_weights``."""
@@ -165,6 +127,11 @@ class RefreshEngine(WeightTransferEngine):  # type: ignore[misc]
             SystemExit: the swap failed half way: this process must not answer any more.
         """
         staged, self._staged = self._staged, None
+        arriving = self._arriving is not None
+        with self._told():
+            _check_arrived(arriving)
+        if arriving:
+            return
         if staged is None:
             log.info("weightwire: nothing is staged: the weights stay as they are")
             return
@@ -190,25 +157,21 @@ class RefreshEngine(WeightTransferEngine):  # type: ignore[misc]
 
     # ---- staging
 
-    @property
-    def _vote_s(self) -> float:
+    def _arrival(self) -> Arrival:
         loaded = self._serving.loaded.get(Role.TARGET)
-        return loaded.options.vote_s if loaded else VOTE_S
+        here = getattr(self.vllm_config.parallel_config, "local_world_size", self._place.size)
+        return Arrival(
+            workers=group(self._place, "refresh", loaded.options.vote_s if loaded else VOTE_S),
+            place=self._place,
+            serving=self._serving,
+            model=self.model,
+            model_config=self.model_config,
+            neighbours=max(1, min(self._place.size, int(here))),
+        )
 
-    def _begin(self, workers: Group, update_info: Any) -> tuple[Request, Loaded]:
-        """What all workers can know before anybody is asked."""
-        failed: WeightwireError | None = None
-        try:
-            request = Request.parse(update_info)
-            loaded = self._loaded()
-        except WeightwireError as error:
-            failed = error
-        verdict = workers.vote(BEGIN, Vote(ok=failed is None, reason=failed.problem if failed else ""))
-        if failed is not None:
-            raise failed
-        if not verdict.ok:
-            raise DecisionError(f"not all workers can be refreshed: {verdict.reason}", "see that worker's log")
-        return request, loaded
+    def _patience(self, loaded: Loaded) -> float:
+        """Longer than a load may take with all its votes."""
+        return loaded.options.settings.load_timeout + 4 * loaded.options.vote_s
 
     def _loaded(self) -> Loaded:
         reload.check_version()
@@ -225,98 +188,6 @@ class RefreshEngine(WeightTransferEngine):  # type: ignore[misc]
                 "compiled code on a CPU may go on using the old weights", "start vLLM with --enforce-eager"
             )
         return loaded
-
-    def _stage(self, workers: Group, request: Request, loaded: Loaded) -> Staged | None:
-        began = time.monotonic()
-        wanted = self._resolve(workers, request, loaded)
-        if wanted is None:
-            log.info("weightwire: these weights (ordinal %d) are held already", loaded.ordinal)
-            return None
-        reader = self._serving.member(loaded.options.settings).reader
-        identity = dataclasses.replace(loaded.identities[Stage.LOADED], revision=None)  # named otherwise
-        want = Want(
-            stages={Stage.LOADED: identity}, coordinates=self._place.coordinates, pinned=wanted, accept_unpinned=True
-        )
-        receiver = Receiver(reader=reader, want=want, group=workers.at("receive"), poison=loaded.options.poison)
-        offer = receiver.find()
-        memory = self._allocate(receiver, offer, loaded)
-        try:
-            report = receiver.fill(memory.catalogue)
-        except FenceTimeout:
-            self._condemned.append(memory)  # a peer may still write there: it is never given back
-            raise
-        fills = self._check(workers, memory)
-        report.seconds["staged"] = time.monotonic() - began
-        _say_staged(offer, memory, report.paths, report.seconds)
-        return Staged(
-            request=request,
-            memory=memory,
-            offer=offer,
-            identity=dataclasses.replace(identity, revision=offer.header.revision or None),
-            fills=fills,
-            workers=workers,
-        )
-
-    def _resolve(self, workers: Group, request: Request, loaded: Loaded) -> str | None:
-        """The weights id that all workers take; ``None`` where it is held already."""
-        if workers.rank == 0:
-            recorded = workers.once(WANTED, self._ask(request, loaded))
-        else:
-            late = _miss(DecisionError("worker 0 did not choose in time", "see its log"))
-            recorded = workers.follow(WANTED, workers.vote_s, late)
-        match recorded:
-            case {"weights_id": str(wanted)}:
-                return wanted or None
-            case {"miss": str(kind), "problem": str(problem), "remedy": str(remedy)}:
-                raise KINDS.get(kind, DecisionError)(problem, remedy)
-        raise DecisionError("a recorded choice is malformed", "do all workers run the same version?")
-
-    def _ask(self, request: Request, loaded: Loaded) -> Json:
-        identity = loaded.identities[Stage.LOADED]
-        query = FindReplicas(
-            replica_keys=(identity.replica_key,), family_keys=(identity.family_key,), model_id=identity.model_id
-        )
-        try:
-            listing = self._serving.member(loaded.options.settings).metadata.find_replicas(query)
-            found = pick(request, listing, Held(ordinal=loaded.ordinal, weights_id=loaded.weights_id))
-        except WeightwireError as error:
-            return _miss(error)
-        return {"weights_id": found.weights_id if found else ""}
-
-    def _allocate(self, receiver: Receiver, offer: Offer, loaded: Loaded) -> Staging:
-        """Room for the new shard, once it is known to be of the same make as the old one."""
-        try:
-            if dict(offer.header.build_facts) != facts.collect(self.model_config):
-                raise ManifestMismatch(
-                    "the new weights' model is built otherwise (an lm_head of its own or none)", reload.NEW_REPLICA
-                )
-            check_state(loaded.state, offer.manifest.layout.state)
-            _settable(self.model, loaded)
-            Memory().check(loaded.raw.nbytes, self._neighbours())
-            return Staging(dataclasses.replace(loaded.raw, state=offer.manifest.layout.state))
-        except WeightwireError as error:
-            receiver.decline(error)
-            raise
-
-    def _neighbours(self) -> int:
-        """Workers that stage on this host at once."""
-        here = getattr(self.vllm_config.parallel_config, "local_world_size", self._place.size)
-        return max(1, min(self._place.size, int(here)))
-
-    def _check(self, workers: Group, memory: Staging) -> list[reload.Fill]:
-        """How the bytes get into the model, once all workers know that theirs do."""
-        fills: list[reload.Fill] = []
-        failed: WeightwireError | None = None
-        try:
-            fills = reload.plan(self.model, _weights(memory))
-        except WeightwireError as error:
-            failed = error
-        verdict = workers.vote(STAGED, Vote(ok=failed is None, reason=failed.problem if failed else ""))
-        if failed is not None:
-            raise failed
-        if not verdict.ok:
-            raise DecisionError(f"not all workers staged their weights: {verdict.reason}", "see that worker's log")
-        return fills
 
     # ---- the swap
 
@@ -385,33 +256,16 @@ class RefreshEngine(WeightTransferEngine):  # type: ignore[misc]
                 raise kind(f"weightwire: {error}") from error
 
 
+def _check_arrived(arriving: bool) -> None:
+    if arriving:
+        raise DecisionError("staging goes on", "call update_weights for the same weights once more: it waits")
+
+
 def _all_swap(workers: Group) -> bool:
     verdict = workers.vote(SWAP, Vote(ok=True))
     if not verdict.ok:
         raise DecisionError(f"not all workers can swap: {verdict.reason}", "see that worker's log")
     return verdict.ok
-
-
-def _weights(memory: Staging) -> dict[str, torch.Tensor]:
-    """What loading writes, under all its names; derived tensors stay as this replica's construction made them."""
-    kinds = {
-        name: entry.kind
-        for entry in memory.catalogue.layout.entries
-        for name in (entry.name, *entry.aliases, *(view.name for view in entry.views))
-    }
-    return {name: tensor for name, tensor in memory.tensors.items() if kinds[name] is TensorClass.WEIGHT}
-
-
-def _settable(model: torch.nn.Module, loaded: Loaded) -> None:
-    """Check that what loading decided can be set once more: set it to what it is."""
-    now = state.plain(model)
-    state.apply(
-        model,
-        {
-            path: {name: now[path][name] for name in values if name in now.get(path, {})}
-            for path, values in loaded.state.items()
-        },
-    )
 
 
 def _now_loaded(loaded: Loaded, layout: Layout, staged: Staged) -> Loaded:
@@ -426,33 +280,6 @@ def _now_loaded(loaded: Loaded, layout: Layout, staged: Staged) -> Loaded:
         state=layout.state,
         weights_id=staged.offer.choice.weights_id,
         ordinal=staged.offer.header.ordinal,
-    )
-
-
-def _stay_away(workers: Group, error: WeightwireError) -> None:
-    """This worker goes no further: tell the others at every step where they may wait for it."""
-    workers.refuse(BEGIN, error.problem)
-    if workers.rank == 0:
-        workers.once(WANTED, _miss(error))
-    receiving = workers.at("receive")
-    give_up(receiving, error)
-    receiving.refuse("received", error.problem)
-    workers.refuse(STAGED, error.problem)
-
-
-def _miss(error: WeightwireError) -> dict[str, Json]:
-    kind = next((name for name, each in KINDS.items() if isinstance(error, each)), DecisionError.__name__)
-    return {"miss": kind, "problem": error.problem, "remedy": error.remedy}
-
-
-def _say_staged(offer: Offer, memory: Staging, paths: list[str], seconds: dict[str, float]) -> None:
-    phases = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())
-    log.info(
-        "weightwire: staged %d bytes of ordinal %d beside the old weights over %s (seconds: %s)",
-        memory.nbytes,
-        offer.header.ordinal,
-        "+".join(paths),
-        phases,
     )
 
 

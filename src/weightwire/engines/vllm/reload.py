@@ -116,6 +116,7 @@ def swap(model: nn.Module, model_config: ModelConfig, fills: list[Fill]) -> None
                 _offer(fill)
             else:
                 _fill(fill)
+        _put_back(model)
         finalize_layerwise_reload(model, model_config)
     left = [name for name, tensor in _all_tensors(model) if tensor.is_meta]
     if left:
@@ -213,6 +214,15 @@ def _kept_alive(layer: nn.Module) -> Iterator[None]:
         yield
     finally:
         del vars(method)[METHOD]
+
+
+def _put_back(model: nn.Module) -> None:
+    """Layers that hold nothing of a checkpoint get back what they had; vLLM does so as well, but warns of each."""
+    for layer in model.modules():
+        info = layerwise.get_layerwise_info(layer)
+        if info.can_load() and not info.loaded_weights and not is_deferred_attention_layer(layer):
+            layerwise._place_kernel_tensors(layer, info)  # noqa: SLF001
+            info.reset()
 
 
 def _keep_transient(fill: Fill, info: Any) -> None:

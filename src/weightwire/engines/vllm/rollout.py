@@ -5,8 +5,9 @@
 The server runs with ``--weight-transfer-config '{"backend": "weightwire"}'`` and ``VLLM_SERVER_DEV_MODE=1``, which
 opens these endpoints to everybody who reaches it: keep its port inside.
 
-1. ``start_weight_update``, ``update_weights``: the new weights are staged and verified; nothing is paused, no request
-   is lost, but none is computed on meanwhile either (vLLM's engine waits for its workers).
+1. ``start_weight_update``, ``update_weights``: the new weights are staged and verified. Nothing is paused; where this
+   command is told of the metadata server (``--metadata`` or ``WEIGHTWIRE_URL``), the server goes on answering while its
+   weights arrive, else vLLM's engine waits for its workers.
 2. ``pause``: requests under way end (``wait``) or are aborted (``abort``); new ones queue.
 3. ``finish_weight_update``: the swap. ``reset_prefix_cache`` and the other caches: they hold what old weights computed.
 4. ``resume``.
@@ -19,8 +20,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
+import secrets
 import sys
 import time
 import urllib.error
@@ -31,11 +34,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weightwire.engines.vllm.staging import Request
-from weightwire.errors import ConfigError, LoadError, WeightwireError
+from weightwire.auth import load_secret
+from weightwire.config import Settings
+from weightwire.engines.vllm.staging import Request, told_key
+from weightwire.errors import AuthError, ConfigError, LoadError, MetadataError, WeightwireError
+from weightwire.metadata.client import MetadataClient
+from weightwire.metadata.decision import ServerDecisions
 
 log = logging.getLogger("weightwire.rollout")
 
+SLICE_S = 2.0
+"""One question to the metadata server."""
 CALL_S = 30.0
 """For calls that only change a state."""
 CACHES = ("reset_mm_cache", "reset_encoder_cache")
@@ -65,6 +74,7 @@ class Rollout:
         drain_s: bound for requests that are under way.
         swap_s: bound for the swap.
         api_key: the server's, if it has one.
+        metadata: the metadata server, where staging shall go on in the background.
     """
 
     url: str
@@ -74,6 +84,7 @@ class Rollout:
     drain_s: float = 120.0
     swap_s: float = 120.0
     api_key: str = field(default="", repr=False)
+    metadata: Settings | None = None
 
     def run(self) -> dict[str, float]:
         """Seconds by phase (``stage``, ``drain``, ``swap``, ``paused``), once the new weights serve.
@@ -108,9 +119,12 @@ class Rollout:
             raise Refused(f"{self.url} is paused already", "somebody else updates it; wait, or POST /resume")
 
     def _stage(self) -> None:
+        until = time.monotonic() + self.stage_s
         self._call("start_weight_update")
         try:
-            self._call("update_weights", {"update_info": self.request.to_json()}, timeout=self.stage_s)
+            if self.metadata is not None:
+                self._in_background(self.metadata, until)
+            self._update(self.request, until - time.monotonic())
         except Refused:
             self._end()
             raise
@@ -120,6 +134,21 @@ class Rollout:
                 f"the new weights were not staged within {self.stage_s:g} s",
                 "the old weights serve; try again, with a longer --stage-timeout",
             ) from error
+
+    def _in_background(self, settings: Settings, until: float) -> None:
+        """Return when staging is over, one way or the other; what came of it is asked afterwards."""
+        token = secrets.token_hex(16)
+        self._update(dataclasses.replace(self.request, background=True, tell=token), CALL_S)
+        try:
+            with MetadataClient(str(settings.url), load_secret(settings.secret_file)) as metadata:
+                while ServerDecisions(metadata).wait(told_key(token), SLICE_S) is None:
+                    if time.monotonic() >= until:
+                        raise Gone("staging did not end", "see the server's log")
+        except (MetadataError, AuthError) as error:
+            log.warning("weightwire: waiting with the engine, since %s", error)
+
+    def _update(self, request: Request, timeout: float) -> None:
+        self._call("update_weights", {"update_info": request.to_json()}, timeout=max(timeout, 0.1))
 
     def _pause(self) -> None:
         try:
@@ -166,7 +195,7 @@ class Rollout:
 
     def _abandon(self, timeout: float = CALL_S) -> None:
         """Drop what was staged, then end the session: one that ends with something staged swaps it in."""
-        self._call("update_weights", {"update_info": Request(abandon=True).to_json()}, timeout=timeout)
+        self._update(Request(abandon=True), timeout)
         self._end()
 
     def _end(self) -> None:
@@ -243,11 +272,13 @@ def parse(arguments: Sequence[str] | None = None) -> Rollout:
     parser.add_argument("--stage-timeout", type=float, default=Rollout.stage_s, metavar="S", help="(%(default)g)")
     parser.add_argument("--drain-timeout", type=float, default=Rollout.drain_s, metavar="S", help="(%(default)g)")
     parser.add_argument("--swap-timeout", type=float, default=Rollout.swap_s, metavar="S", help="(%(default)g)")
+    parser.add_argument("--metadata", metavar="HOST:PORT", help="of the metadata server (WEIGHTWIRE_URL)")
     parser.add_argument("--api-key-file", type=Path, help="with the server's key, where it has one")
     given = parser.parse_args(arguments)
     url = str(given.url).rstrip("/")
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise ConfigError(f"--url cannot be {url[:100]!r}", "give http://host:port")
+    settings = Settings.from_env(url=given.metadata)
     return Rollout(
         url=url,
         request=Request(ordinal=given.ordinal, weights_id=given.weights_id, latest=given.latest),
@@ -256,6 +287,7 @@ def parse(arguments: Sequence[str] | None = None) -> Rollout:
         drain_s=given.drain_timeout,
         swap_s=given.swap_timeout,
         api_key=_key(given.api_key_file),
+        metadata=settings if settings.url else None,
     )
 
 

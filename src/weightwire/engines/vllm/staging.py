@@ -20,6 +20,7 @@ MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 SPARE_BYTES = 256 << 20
 """Host memory that staging leaves to others."""
+TOKEN = re.compile(r"[0-9a-f]{32}")
 WEIGHTS_ID = re.compile(r"[0-9a-f]{64}")
 MAX_ORDINAL = (1 << 63) - 1
 
@@ -34,6 +35,8 @@ class Request:
         latest: take those with the highest ordinal, which must be higher than the present one.
         republish: offer the new weights to others from the staging memory; default: on the CPU, where raw bytes are
             held in full anyway.
+        background: stage in a thread, and return at once.
+        tell: record at the metadata server, under ``told_key``, that staging in the background is over.
         abandon: forget what was staged.
     """
 
@@ -41,6 +44,8 @@ class Request:
     weights_id: str | None = None
     latest: bool = False
     republish: bool | None = None
+    background: bool = False
+    tell: str = ""
     abandon: bool = False
 
     @classmethod
@@ -60,8 +65,12 @@ class Request:
     def to_json(self) -> dict[str, Json]:
         """What ``parse`` reads."""
         plain: dict[str, Json] = dataclasses.asdict(self)
-        given = {name: value for name, value in plain.items() if value is not None}
-        return {name: value for name, value in given.items() if value is not False or name == "republish"}
+        return {name: value for name, value in plain.items() if value != type(self).__dataclass_fields__[name].default}
+
+    def same(self, other: Request) -> bool:
+        """Whether both name the same weights."""
+        mine, theirs = ((one.ordinal, one.weights_id, one.latest, one.abandon) for one in (self, other))
+        return mine == theirs
 
     def describe(self) -> str:
         """In words."""
@@ -76,6 +85,8 @@ class Request:
             "weights_id": self.weights_id is None or bool(WEIGHTS_ID.fullmatch(str(self.weights_id))),
             "latest": type(self.latest) is bool,
             "abandon": type(self.abandon) is bool,
+            "background": type(self.background) is bool,
+            "tell": self.tell == "" or bool(TOKEN.fullmatch(str(self.tell))),
             "republish": self.republish is None or type(self.republish) is bool,
         }
         for name, fits in legal.items():
@@ -84,6 +95,11 @@ class Request:
         asked = [self.ordinal is not None, self.weights_id is not None, self.latest, self.abandon]
         if sum(asked) != 1:
             raise ConfigError("update_info does not name one thing to move to", LEGAL)
+
+
+def told_key(token: str) -> str:
+    """Where the end of staging in the background is recorded; ``token``: 32 hex digits that only the caller knows."""
+    return f"weightwire/vllm/refresh/{token}/over"
 
 
 LEGAL = 'give {"ordinal": N}, {"latest": true} or {"weights_id": "64 hex digits"}'

@@ -1,0 +1,166 @@
+"""A running server moves to other published weights, or stays as it is: told by its answers."""
+
+from __future__ import annotations
+
+import resource
+import urllib.error
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_checkpoints import Checkpoints
+from vllm_replicas import PROMPTS, Api, Fleet, Offline
+
+from weightwire.config import Settings
+from weightwire.engines.vllm import rollout
+from weightwire.engines.vllm.rollout import Refused, Rollout
+from weightwire.engines.vllm.staging import Request
+
+NEW = 7
+"""Seed of the newer weights."""
+LONG = [f"{number} " + " ".join(PROMPTS[number:] + PROMPTS[:number]) * 3 for number in range(2)]
+"""Prompts of more than one block of the prefix cache (128 tokens on a CPU)."""
+QUICK: dict[str, Any] = {"vote_s": 5.0, "stall_timeout": 3, "load_timeout": 20, "wait_for_loading": 5}
+LIMIT_S = 30.0
+READ_S = 0.5
+"""How long one read takes where staging shall take seconds."""
+
+
+def server(fleet: Fleet, checkpoint: Path, name: str, *, tp: int = 1, **options: Any) -> Api:
+    """A server of ordinal 1, from the disk, that can be refreshed."""
+    made = fleet.api(
+        checkpoint,
+        name,
+        tp=tp,
+        extra=QUICK | {"ordinal": 1},
+        env={"VLLM_SERVER_DEV_MODE": "1"},
+        engine={"--weight-transfer-config": '{"backend": "weightwire"}', "--enable-prefix-caching": None},
+        **options,
+    )
+    return made.ready()
+
+
+def source(fleet: Fleet, checkpoint: Path, name: str, *, tp: int = 1, ordinal: int = 2) -> Offline:
+    """A replica of newer weights."""
+    extra = {"ordinal": ordinal, "role": "source", "revision": f"r{ordinal}"}
+    made = fleet.offline(checkpoint, name, tp=tp, extra=extra).ready()
+    fleet.until(name, 2, LIMIT_S, made)
+    return made
+
+
+def move(replica: Api, fleet: Fleet | None = None, **request: Any) -> dict[str, float]:
+    """What an operator runs; with ``fleet``, its weights arrive while the server answers."""
+    settings = Settings(url=fleet.place.url, secret_file=fleet.place.state / "secret") if fleet else None
+    return Rollout(url=replica.url, request=Request(**request), stage_s=90.0, drain_s=LIMIT_S, metadata=settings).run()
+
+
+def answers(replica: Api | Offline) -> Any:
+    return replica.tokens(), replica.tokens(LONG, 8)
+
+
+def test_refresh_or_stay(fleet: Fleet, checkpoints: Checkpoints) -> None:
+    name = "refresh"
+    replica = server(fleet, checkpoints.full("tied"), name, faults={"read_s": READ_S})
+    old = answers(replica)
+    with pytest.raises(Refused, match=r"no replica offers ordinal 2 \(offered: ordinal 1\)"):
+        move(replica, ordinal=2)
+    with pytest.raises(Refused, match="nothing newer than ordinal 1 is offered"):
+        move(replica, fleet, latest=True)
+    replica.ask("/start_weight_update")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        replica.ask("/update_weights", update_info={"ordinl": 2})
+    assert "weightwire: update_info holds an unknown key 'ordinl'; give" in refused.value.read().decode()
+    assert answers(replica) == old
+
+    killed = source(fleet, checkpoints.full("tied", NEW), name)
+    new = answers(killed)
+    assert new[0] != old[0]
+    assert new[1] != old[1]
+    with ThreadPoolExecutor(1) as pool:
+        staging = pool.submit(rollout.main, ["--url", replica.url, "--ordinal", "2"])
+        replica.says("weightwire: reading into", LIMIT_S)
+        fleet.kill(killed)
+        assert staging.result(LIMIT_S) == 1
+    assert answers(replica) == old
+
+    again = source(fleet, checkpoints.full("tied", NEW), name)
+    with ThreadPoolExecutor(1) as pool:
+        moving = pool.submit(move, replica, fleet, latest=True)
+        replica.wait_for(lambda: len(replica.lines("weightwire: reading into")) > 1, LIMIT_S, what="reading")
+        assert replica.tokens(tokens=4) == [one[:4] for one in old[0]]
+        assert not replica.lines("weightwire: staged "), "it answered only when its weights had arrived"
+        assert moving.result(LIMIT_S)["paused"] < LIMIT_S
+    assert answers(replica) == new
+    fleet.only(name, 2, replica)  # it offers what it has now
+    fleet.kill(again)
+    target = fleet.offline(checkpoints.bare("tied"), name, extra={"on_miss": "fail", "revision": "r2"})
+    with pytest.raises(Refused, match="nothing newer than ordinal 2"):
+        move(replica, latest=True)
+    move(replica, ordinal=2)  # held already: nothing to do
+    assert answers(target.ready()) == new == answers(replica)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "w8a8_static", "says_tied"])
+def test_kernels_use_the_new_weights(kind: str, fleet: Fleet, checkpoints: Checkpoints) -> None:
+    name = f"refresh {kind}"
+    replica = server(fleet, checkpoints.full(kind), name)
+    newer = source(fleet, checkpoints.full(kind, NEW), name)
+    move(replica, ordinal=2)
+    assert answers(replica) == answers(newer)
+
+
+def test_h61_an_embedding_that_vllm_tied_stays_tied(fleet: Fleet, checkpoints: Checkpoints) -> None:
+    name = "refresh retied"
+    replica = server(fleet, checkpoints.full("says_tied_is"), name)
+    old = answers(replica)
+    source(fleet, checkpoints.full("says_tied", NEW), name)
+    with pytest.raises(Refused, match="share memory here and differ in the new weights"):
+        move(replica, ordinal=2)
+    assert answers(replica) == old
+    newer = source(fleet, checkpoints.full("says_tied_is", NEW), name, ordinal=3)
+    move(replica, ordinal=3)
+    assert answers(replica) == answers(newer)
+
+
+def test_h23_one_worker_fails_and_both_keep_the_old_weights(fleet: Fleet, checkpoints: Checkpoints) -> None:
+    name = "refresh ranks"
+    faults = {"rank": 0, "step": "fill", "kind": "fail"}
+    replica = server(fleet, checkpoints.full("llama"), name, tp=2, faults=faults)
+    old = answers(replica)
+    newer = source(fleet, checkpoints.full("llama", NEW), name, tp=2)
+    for _ in range(2):  # vLLM's workers and their executor still agree on what is an answer to what
+        with pytest.raises(Refused, match="rank 0: "):
+            move(replica, ordinal=2)
+        assert answers(replica) == old
+    assert old != answers(newer)
+
+
+def test_two_workers(fleet: Fleet, checkpoints: Checkpoints) -> None:
+    name = "refresh both"
+    replica = server(fleet, checkpoints.full("llama"), name, tp=2)
+    newer = source(fleet, checkpoints.full("llama", NEW), name, tp=2)
+    new = answers(newer)
+    move(replica, fleet, ordinal=2)
+    assert answers(replica) == new
+    fleet.only(name, 2, replica)
+
+
+def test_a_swap_that_fails_half_way_ends_the_server(fleet: Fleet, checkpoints: Checkpoints) -> None:
+    name = "refresh in part"
+    replica = server(fleet, checkpoints.full("tied"), name)
+    source(fleet, checkpoints.full("tied", NEW), name)
+    replica.ask("/start_weight_update")
+    replica.ask("/update_weights", update_info={"ordinal": 2})
+    worker = next(int(line.partition("pid=")[2].partition(")")[0]) for line in replica.lines("weightwire: staged"))
+    resource.prlimit(worker, resource.RLIMIT_AS, (used(worker), resource.RLIM_INFINITY))
+    with pytest.raises((urllib.error.URLError, ConnectionError)):
+        replica.ask("/finish_weight_update", timeout=LIMIT_S)
+    assert replica.lines("weightwire: the weights were swapped in part"), replica.tail()
+    with pytest.raises((urllib.error.URLError, ConnectionError)):
+        replica.tokens()
+
+
+def used(process: int) -> int:
+    """Bytes of address space."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[0]) * resource.getpagesize()
