@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import vllm
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.model_executor.model_loader.utils import get_architecture_class_name
 from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
@@ -122,7 +122,11 @@ def _file(name: str, model_config: ModelConfig) -> dict[str, Any] | None:
 
 def _extra(config: VllmConfig, model_config: ModelConfig) -> dict[str, str]:
     overrides = getattr(model_config, "hf_overrides", None)
-    if callable(overrides):
+    if overrides is SpeculativeConfig.hf_config_override:
+        overrides = {
+            "by": "SpeculativeConfig.hf_config_override"
+        }  # every draft's: decided by config and vLLM's version
+    elif callable(overrides):
         raise ConfigError("hf_overrides is a function, which cannot be compared between replicas", "give a mapping")
     return {
         "hf_overrides": config_digest(dict(overrides)) if overrides else "",

@@ -42,6 +42,7 @@ class PreshardedLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not in
             log.error("weightwire: %s", error)  # noqa: TRY400  (as in ``load_model``)
             raise
         self._load: Load | None = None
+        self._loading = False
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Nothing: where a peer serves the weights, no file is wanted."""
@@ -55,6 +56,7 @@ class PreshardedLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not in
         from weightwire.engines.vllm import fallback  # noqa: PLC0415  (see ``_serving``)
 
         registered = fallback.layers(vllm_config)
+        self._loading = True
         try:
             self._load = self._begin(vllm_config, model_config)
             if self._load is not None:
@@ -68,7 +70,7 @@ class PreshardedLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not in
             log.error("weightwire: %s", error)  # noqa: TRY400  (one line is the root cause; vLLM adds its tracebacks)
             raise
         finally:
-            self._load = None
+            self._load, self._loading = None, False
         return model
 
     def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
@@ -85,8 +87,9 @@ class PreshardedLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not in
             LoadError: neither a peer nor the disk has the weights.
             FenceTimeout: a peer may still write into this memory: nothing may be loaded there.
         """
-        if self._load is None:
+        if not self._loading:
             _serving().withdraw()
+        if self._load is None:
             self._read(model, model_config, None)
         elif not self._load.processed and not self._load.fill(model):
             self._read(model, model_config, self._load)
