@@ -138,3 +138,40 @@ def test_h09_a_module_that_declares_nothing_may_change_anything() -> None:
     with snapshot.guard(module), torch.no_grad():
         module.weight.mul_(2)
     assert digest_leaves(memory, described.layout.leaves) == before
+
+
+class Maker(nn.Module):
+    """Its transform makes an alias of its own weight; another module's later changes that weight in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2, bias=False)
+        self.second = nn.Module()
+        self.second.shown = self.first.weight
+
+
+@torch.no_grad()
+def test_h09_where_the_model_is_walked_once_aliases_that_a_transform_made_still_follow() -> None:
+    model = Maker()
+    described = catalogue(model)
+    owners = described.memory.owners
+    assert isinstance(owners, list)
+    before = digest_leaves(described.memory, described.layout.leaves)
+    snapshot = Snapshot(model=model, published=storages(owners), local=True)
+    with snapshot.guard(model.first):
+        model.first.row = model.first.weight.detach()[1]
+    with snapshot.guard(model.second):
+        model.second.shown.mul_(2)  # type: ignore[operator]
+    assert digest_leaves(described.memory, described.layout.leaves) == before
+    assert model.first.row.data_ptr() == model.first.weight[1].data_ptr()
+    assert model.first.weight.data_ptr() == model.second.shown.data_ptr()  # type: ignore[operator]
+    assert snapshot.held.in_place == 4 * 4
+
+
+def test_a_transform_that_only_replaces_needs_no_copy_and_is_counted() -> None:
+    model = Model(declares=False)
+    memory, snapshot, before = published(model)
+    with snapshot.guard(model.inner, writes=False):
+        model.inner.b = nn.Parameter(model.inner.b.detach().t().contiguous())
+    assert digests(memory) == before
+    assert (snapshot.held.replaced, snapshot.held.peak_clone) == (6 * 4, 0)

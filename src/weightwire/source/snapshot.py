@@ -50,48 +50,82 @@ class Snapshot:
     Args (fields):
         model: the published module; its tensors are found anew at each guard, so that aliases made later count.
         published: data pointers of the storages that readers may read.
+        local: a transform makes aliases in its own module alone, so the model is walked once and not at each guard: for
+            models whose modules are many and transform one by one.
     """
 
     model: nn.Module
     published: frozenset[int]
     held: Held = field(default_factory=Held)
+    local: bool = False
+    _index: dict[int, list[torch.Tensor]] | None = None
 
     @contextlib.contextmanager
-    def guard(self, module: nn.Module) -> Iterator[None]:
+    def guard(self, module: nn.Module, *, writes: bool = True) -> Iterator[None]:
         """Run one module's transform inside.
 
         Which storages it may change is what ``module.transform_effect()`` declares; a module that declares nothing may
         change anything below it.
+
+        Args:
+            module: whose transform runs.
+            writes: whether it may write into tensors at all; one that only replaces them needs no copy.
         """
         before = own_tensors(module)
         raw = {name: _Place.of(tensor) for name, tensor in before.items() if _pointer(tensor) in self.published}
-        clones = self._detach(_may_change(module, before))
+        clones = self._detach(_may_change(module, before)) if writes else []
         try:
             yield
         finally:
-            self._settle(clones)
+            self._settle(clones, module)
             kept = {clone.original.data_ptr(): clone.copy.data_ptr() for clone in clones}
             after = own_tensors(module)
+            self._learn(module)
             self.held.replaced += sum(place.nbytes for name, place in raw.items() if place.left(after.get(name), kept))
 
     def _detach(self, tensors: list[torch.Tensor]) -> list[_Clone]:
         pointers = {_pointer(tensor) for tensor in tensors} & self.published
         if not pointers:
             return []
-        users: dict[int, list[torch.Tensor]] = {pointer: [] for pointer in pointers}
-        for tensor in _all_tensors(self.model):
-            if _pointer(tensor) in users:
-                users[_pointer(tensor)].append(tensor)
-        clones = [_Clone.of(group) for group in users.values() if group]
+        clones = [_Clone.of(group) for group in self._users(pointers).values() if group]
         self.held.peak_clone = max(self.held.peak_clone, sum(clone.nbytes for clone in clones))
         return clones
 
-    def _settle(self, clones: list[_Clone]) -> None:
+    def _users(self, pointers: set[int]) -> dict[int, list[torch.Tensor]]:
+        """All tensors on those storages."""
+        if self._index is None:
+            index: dict[int, list[torch.Tensor]] = {}
+            for tensor in _all_tensors(self.model):
+                if _pointer(tensor) in self.published:
+                    index.setdefault(_pointer(tensor), []).append(tensor)
+            if not self.local:
+                return {pointer: index.get(pointer, []) for pointer in pointers}
+            self._index = index
+        return {
+            pointer: [tensor for tensor in self._index.get(pointer, []) if _pointer(tensor) == pointer]
+            for pointer in pointers
+        }
+
+    def _learn(self, module: nn.Module) -> None:
+        """Note what the module's transform made, where the model is walked only once."""
+        if self._index is None:
+            return
+        for tensor in _all_tensors(module):
+            users = self._index.setdefault(_pointer(tensor), []) if _pointer(tensor) in self.published else None
+            if users is not None and not any(tensor is known for known in users):
+                users.append(tensor)
+
+    def _settle(self, clones: list[_Clone], module: nn.Module) -> None:
+        unchanged: dict[int, _Clone] = {}
         for clone in clones:
             if clone.changed():
                 self.held.in_place += clone.nbytes
             else:
                 clone.revert()
+                unchanged[clone.copy.data_ptr()] = clone
+        for tensor in _all_tensors(module if self.local else self.model) if unchanged else ():
+            if _pointer(tensor) in unchanged:  # an alias that the transform made
+                _repoint(tensor, unchanged[_pointer(tensor)].original)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from weightwire.source.snapshot import Snapshot, own_tensors, storages
 
 METHOD = "process_weights_after_loading"
 UNCHANGING = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
-"""Methods that leave weights on a device as they are."""
+"""Methods that leave weights on a device as they are, and replace them on a CPU: they write into none."""
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def guarded(model: nn.Module, snapshot: Snapshot) -> Iterator[None]:
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if isinstance(method, QuantizeMethodBase) and METHOD not in vars(method):
-            setattr(method, METHOD, _by_layer(snapshot, method.process_weights_after_loading))
+            setattr(method, METHOD, _by_layer(snapshot, method.process_weights_after_loading, method))
             shadowed.append(method)
         if is_deferred_attention_layer(module) and METHOD not in vars(module):
             object.__setattr__(module, METHOD, _by_owner(snapshot, module, getattr(module, METHOD)))
@@ -53,7 +53,7 @@ def over_budget(model: nn.Module) -> str:
         tensor
         for module in model.modules()
         if isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)
-        and not isinstance(module.quant_method, UNCHANGING)
+        and type(module.quant_method) not in UNCHANGING
         for tensor in own_tensors(module).values()
         if tensor.device.type != "cpu"
     ]
@@ -63,9 +63,11 @@ def over_budget(model: nn.Module) -> str:
     return f"holding raw weights could cost {cost} bytes of device memory, more than {RAW_BUDGET:.0%} of {shard}"
 
 
-def _by_layer(snapshot: Snapshot, run: Callable[..., Any]) -> Callable[..., Any]:
+def _by_layer(snapshot: Snapshot, run: Callable[..., Any], method: QuantizeMethodBase) -> Callable[..., Any]:
+    writes = type(method) not in UNCHANGING
+
     def process(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with snapshot.guard(layer):
+        with snapshot.guard(layer, writes=writes):
             return run(layer, *args, **kwargs)
 
     return process

@@ -39,8 +39,8 @@ DEFAULTS = {"UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on", "UCX_WARN_UNUSED_ENV_VARS": "
 """Settings of ours, where the user has none.
 
 Left to itself UCX reads from another process's device memory only where it sees NVLink; elsewhere, also between
-processes on one device, it has the source copy to host memory and send it over TCP, a hundred times slower. A UCX without
-CUDA does not know that setting, and would warn of it at every agent.
+processes on one device, it has the source copy to host memory and send it over TCP, a hundred times slower.
+A UCX without CUDA does not know that setting, and would warn of it at every agent.
 """
 
 NOT_NETWORKS = frozenset(
