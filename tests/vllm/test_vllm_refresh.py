@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,7 @@ from vllm_replicas import PROMPTS, Api, Fleet, Offline
 
 from weightwire.config import Settings
 from weightwire.engines.vllm import rollout
-from weightwire.engines.vllm.rollout import Refused, Rollout
+from weightwire.engines.vllm.rollout import Gone, Refused, Rollout
 from weightwire.engines.vllm.staging import Request
 
 NEW = 7
@@ -29,13 +28,14 @@ READ_S = 0.5
 
 def server(fleet: Fleet, checkpoint: Path, name: str, *, tp: int = 1, **options: Any) -> Api:
     """A server of ordinal 1, from the disk, that can be refreshed."""
+    engine = options.pop("engine", {})
     made = fleet.api(
         checkpoint,
         name,
         tp=tp,
         extra=QUICK | {"ordinal": 1},
         env={"VLLM_SERVER_DEV_MODE": "1"},
-        engine={"--weight-transfer-config": '{"backend": "weightwire"}', "--enable-prefix-caching": None},
+        engine={"--weight-transfer-config": '{"backend": "weightwire"}', "--enable-prefix-caching": None} | engine,
         **options,
     )
     return made.ready()
@@ -125,7 +125,7 @@ def test_h61_an_embedding_that_vllm_tied_stays_tied(fleet: Fleet, checkpoints: C
 
 def test_h23_one_worker_fails_and_both_keep_the_old_weights(fleet: Fleet, checkpoints: Checkpoints) -> None:
     name = "refresh ranks"
-    faults = {"rank": 0, "step": "fill", "kind": "fail"}
+    faults = {"rank": 0, "steps": ["fill"], "kind": "fail"}
     replica = server(fleet, checkpoints.full("llama"), name, tp=2, faults=faults)
     old = answers(replica)
     newer = source(fleet, checkpoints.full("llama", NEW), name, tp=2)
@@ -148,19 +148,12 @@ def test_two_workers(fleet: Fleet, checkpoints: Checkpoints) -> None:
 
 def test_a_swap_that_fails_half_way_ends_the_server(fleet: Fleet, checkpoints: Checkpoints) -> None:
     name = "refresh in part"
-    replica = server(fleet, checkpoints.full("tied"), name)
+    engine = {"--worker-extension-cls": "vllm_swap_fault.Extension"}
+    replica = server(fleet, checkpoints.full("tied"), name, engine=engine)
     source(fleet, checkpoints.full("tied", NEW), name)
-    replica.ask("/start_weight_update")
-    replica.ask("/update_weights", update_info={"ordinal": 2})
-    worker = next(int(line.partition("pid=")[2].partition(")")[0]) for line in replica.lines("weightwire: staged"))
-    resource.prlimit(worker, resource.RLIMIT_AS, (used(worker), resource.RLIM_INFINITY))
-    with pytest.raises((urllib.error.URLError, ConnectionError)):
-        replica.ask("/finish_weight_update", timeout=LIMIT_S)
-    assert replica.lines("weightwire: the weights were swapped in part"), replica.tail()
+    with pytest.raises(Gone):
+        move(replica, ordinal=2)
+    assert replica.lines("weightwire: the weights were swapped in part (made to fail)"), replica.tail()
     with pytest.raises((urllib.error.URLError, ConnectionError)):
         replica.tokens()
-
-
-def used(process: int) -> int:
-    """Bytes of address space."""
-    return int(Path(f"/proc/{process}/statm").read_text().split()[0]) * resource.getpagesize()
+    replica.ends(LIMIT_S)
