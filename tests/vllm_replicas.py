@@ -129,9 +129,8 @@ class Process:
         return [line for line in self.log().splitlines() if part in line]
 
     def root_causes(self) -> list[str]:
-        """What weightwire itself said was fatal, each text once: vLLM repeats it in its own tracebacks."""
-        found = {match[0] for line in self.lines("ERROR") for match in ROOT_CAUSE.finditer(line)}
-        return sorted(found)
+        """Lines in which weightwire says what was fatal, and what to do; vLLM's own tracebacks do not count."""
+        return [match[0] for line in self.lines("ERROR") if (match := ROOT_CAUSE.search(line))]
 
     def wait_for(self, wanted: Callable[[], Any], timeout: float = START_S, *, what: str = "") -> Any:
         """The first true answer of ``wanted``; fails as soon as the process is gone."""
@@ -488,30 +487,47 @@ class Fleet:
             )
 
 
+@dataclass(frozen=True)
+class Known:
+    """A source that cases share.
+
+    Attributes:
+        name: that it is published under.
+        replica: it.
+        tokens: its answers.
+    """
+
+    name: str
+    replica: Offline
+    tokens: Tokens
+
+
 @dataclass
 class Shared:
     """Sources that many cases read from: started on first use, left alone, ended with the session."""
 
     fleet: Fleet
     checkpoints: Checkpoints
-    _known: dict[tuple[str, int], tuple[Offline, Tokens]] = field(default_factory=dict)
+    _known: dict[str, Known] = field(default_factory=dict)
+
+    def source(self, kind: str, *, tp: int = 1, processed: bool = False) -> Known:
+        """READY, from the disk; ``processed`` publishes that stage alone, where linear weights stay tensors."""
+        name = f"shared/{kind}-{tp}{'-processed' * processed}"
+        if name not in self._known:
+            extra: dict[str, Any] = {"role": "source"} | ({"stages": ["PROCESSED"]} if processed else {})
+            faults = {"plain_linear": True} if processed else None
+            source = self.fleet.offline(self.checkpoints.full(kind), name, tp=tp, extra=extra, faults=faults).ready()
+            self.fleet.until(name, 1, PUBLISH_S, source)
+            self._known[name] = Known(name, source, source.tokens())
+        return self._known[name]
 
     def name(self, kind: str, tp: int = 1) -> str:
-        """What a running source of that kind is published as; starts it if need be."""
-        self._source(kind, tp)
-        return f"shared/{kind}-{tp}"
+        """What a running source of that kind is published as."""
+        return self.source(kind, tp=tp).name
 
     def tokens(self, kind: str, tp: int = 1) -> Tokens:
         """That source's answers."""
-        return self._source(kind, tp)[1]
-
-    def _source(self, kind: str, tp: int) -> tuple[Offline, Tokens]:
-        if (kind, tp) not in self._known:
-            name = f"shared/{kind}-{tp}"
-            source = self.fleet.offline(self.checkpoints.full(kind), name, tp=tp, extra={"role": "source"}).ready()
-            self.fleet.until(name, 1, PUBLISH_S, source)
-            self._known[kind, tp] = source, source.tokens()
-        return self._known[kind, tp]
+        return self.source(kind, tp=tp).tokens
 
 
 def free_port() -> int:

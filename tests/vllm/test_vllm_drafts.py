@@ -2,45 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from vllm_checkpoints import Checkpoints
-from vllm_replicas import Fleet, Offline
+from vllm_replicas import Fleet, Offline, Place
 
 from weightwire.types import Role
 
+NAME = "drafts/both"
 SEED = 7
 """Another model than the target."""
 
 
-def replica(fleet: Fleet, checkpoints: Checkpoints, name: str, *, bare: bool, **how: Any) -> Offline:
+def replica(fleet: Fleet, checkpoints: Checkpoints, *, bare: bool, **how: Any) -> Offline:
     pick = checkpoints.bare if bare else checkpoints.full
     draft = {"method": "draft_model", "model": str(pick("untied", SEED)), "num_speculative_tokens": 2}
-    return fleet.offline(pick("untied"), name, engine={"speculative_config": draft}, **how)
+    return fleet.offline(pick("untied"), NAME, engine={"speculative_config": draft}, **how)
 
 
-def test_h22_a_draft_has_its_own_key(fleet: Fleet, checkpoints: Checkpoints) -> None:
-    name = "drafts/both"
-    first = replica(fleet, checkpoints, name, bare=False, extra={"role": "source"}).ready()
-    fleet.until(name, 1, 30, first)
-    records = [view.record for view in fleet.sources(name)] + [view.record for view in fleet.sources(f"{name}#draft")]
+@pytest.fixture(scope="module")
+def source(place: Place, checkpoints: Checkpoints) -> Iterator[Offline]:
+    """Both its models are read from the disk and published."""
+    fleet = Fleet(place)
+    try:
+        first = replica(fleet, checkpoints, bare=False, extra={"role": "source"}).ready()
+        fleet.until(NAME, 1, 30, first)
+        yield first
+    finally:
+        fleet.kill()
+
+
+def test_h22_a_draft_has_its_own_key(source: Offline, fleet: Fleet, checkpoints: Checkpoints) -> None:
+    records = [view.record for view in fleet.sources(NAME)] + [view.record for view in fleet.sources(f"{NAME}#draft")]
     assert sorted(record.role for record in records) == [Role.DRAFT, Role.TARGET], records
     assert len({record.shard_key for record in records}) == 2
     assert len({record.content_id for record in records}) == 2
-    extra = {"on_miss": "fail", "poison": True, "role": "target"}
-    second = replica(fleet, checkpoints, name, bare=True, extra=extra).ready()
+    second = replica(fleet, checkpoints, bare=True, extra={"on_miss": "fail", "poison": True, "role": "target"}).ready()
     assert len(second.lines("weightwire: received ")) == 2, second.tail()
     assert not second.lines("Loading weights took")
-    assert second.tokens() == first.tokens()
+    assert second.tokens() == source.tokens()
 
 
-def test_h37_draft_follows_its_target_to_the_disk(fleet: Fleet, checkpoints: Checkpoints) -> None:
-    name = "drafts/disk"
-    first = replica(fleet, checkpoints, name, bare=False, extra={"role": "source"}).ready()
-    fleet.until(name, 1, 30, first)
+def test_h37_draft_follows_its_target_to_the_disk(source: Offline, fleet: Fleet, checkpoints: Checkpoints) -> None:
     extra, faults = {"poison": True, "role": "target"}, {"corrupt_after": 3}
-    second = replica(fleet, checkpoints, name, bare=False, extra=extra, faults=faults).ready()
+    second = replica(fleet, checkpoints, bare=False, extra=extra, faults=faults).ready()
     assert len(second.lines("weightwire: no peer, reading the disk: ")) == 1, second.tail()
     assert not second.lines("weightwire: received ")
     assert len(second.lines("Loading weights took")) == 2, second.tail()
-    assert second.tokens() == first.tokens()
+    assert second.tokens() == source.tokens()

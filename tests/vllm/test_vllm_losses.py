@@ -45,32 +45,30 @@ def test_source_lost_in_mid_load_target_has_nothing(fleet: Fleet, checkpoints: C
     assert target.ends(60) == 1
     assert time.monotonic() - began < 45
     (cause,) = target.root_causes()
-    assert cause.count("\n") == 0
-    assert not target.lines("KeyError"), target.tail()
+    assert cause.endswith("; give weight files, or start a source")
+    assert len(target.lines("weightwire: no peer, reading the disk: ")) == 1
 
 
 @pytest.mark.parametrize("kind", ["says_tied", "qwen3_moe", "w8a8"])
-def test_h59_refilled_from_disk_after_bytes_went_bad(kind: str, fleet: Fleet, checkpoints: Checkpoints) -> None:
+def test_h59_refilled_from_disk_after_bytes_went_bad(
+    kind: str, fleet: Fleet, shared: Shared, checkpoints: Checkpoints
+) -> None:
     """Everything was poisoned, some of it filled: nothing of that is left, nor a second model (H37)."""
-    name = f"losses/bad-{kind}"
-    source = fleet.offline(checkpoints.full(kind), name, extra={"role": "source"}).ready()
-    fleet.until(name, 1, 30, source)
-    given = {"role": "target", "poison": True, "stages": ["LOADED"]}
-    target = fleet.offline(checkpoints.full(kind), name, extra=given, faults={"corrupt_after": 3}).ready()
+    source = shared.source(kind)
+    extra = {"role": "target", "poison": True}
+    target = fleet.offline(checkpoints.full(kind), source.name, extra=extra, faults={"corrupt_after": 3}).ready()
     assert target.lines("weightwire: no peer, reading the disk: "), target.tail()
     assert not target.lines("weightwire: received")
     assert not target.lines("Duplicate layer")
-    assert target.tokens() == source.tokens()
+    assert target.tokens() == source.tokens
 
 
 def test_h37_processed_bytes_went_bad_and_the_model_is_built_again(
     fleet: Fleet, shared: Shared, checkpoints: Checkpoints
 ) -> None:
-    name, plain = "losses/processed", {"plain_linear": True}
-    source = fleet.offline(checkpoints.full("llama"), name, extra={"stages": ["PROCESSED"]}, faults=plain).ready()
-    fleet.until(name, 1, 30, source)
-    given = {"role": "target", "poison": True, "stages": ["PROCESSED"]}
-    faults = plain | {"corrupt_after": 3}
-    target = fleet.offline(checkpoints.full("llama"), name, extra=given, faults=faults).ready()
+    source = shared.source("llama", processed=True)
+    extra = {"role": "target", "poison": True, "stages": ["PROCESSED"]}
+    faults = {"plain_linear": True, "corrupt_after": 3}
+    target = fleet.offline(checkpoints.full("llama"), source.name, extra=extra, faults=faults).ready()
     assert target.lines("weightwire: no peer, reading the disk: "), target.tail()
-    assert target.tokens() == source.tokens() == shared.tokens("llama")
+    assert target.tokens() == source.tokens

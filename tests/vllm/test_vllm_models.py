@@ -2,76 +2,86 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from vllm_checkpoints import Checkpoints
-from vllm_replicas import Fleet, Offline
+from vllm_replicas import Fleet, Known, Offline, Shared
 
+from weightwire.manifest.records import Layout
 from weightwire.types import TensorClass
 
+PLAIN = {"plain_linear": True}
 
-def source_and_target(
-    fleet: Fleet, checkpoints: Checkpoints, kind: str, *, tp: int = 1, **extra: object
-) -> tuple[Offline, Offline]:
-    """Both ready and published; the target's memory was poisoned first. Checks ids, ways and answers."""
-    name = f"models/{kind}-{tp}{'-'.join(map(str, extra.values()))}"
-    faults = extra.pop("faults", None)
-    source = fleet.offline(checkpoints.full(kind), name, tp=tp, extra=extra, faults=faults).ready()
-    fleet.until(name, 1, 30, source)
-    given = extra | {"on_miss": "fail", "poison": True}
-    target = fleet.offline(checkpoints.bare(kind), name, tp=tp, extra=given, faults=faults).ready()
-    fleet.only(name, 2, source, target)
-    assert len(source.lines("weightwire: no peer, reading the disk: ")) == tp, source.tail()
+
+def filled(fleet: Fleet, source: Known, bare: Any, *, tp: int = 1, **how: Any) -> Offline:
+    """A target whose memory was poisoned first, with its source's content ids, weights id and answers."""
+    extra = {"on_miss": "fail", "poison": True} | how.pop("extra", {})
+    target = fleet.offline(bare, source.name, tp=tp, extra=extra, **how).ready()
+    fleet.only(source.name, 2, source.replica, target)
+    assert len(source.replica.lines("weightwire: no peer, reading the disk: ")) == 0, "sources do not ask"
     assert len(target.lines("weightwire: received ")) == tp, target.tail()
     assert not target.lines("Loading weights took"), "vLLM's own loader ran too"
-    assert target.tokens() == source.tokens()
-    return source, target
+    assert target.tokens() == source.tokens
+    return target
 
 
-@pytest.mark.parametrize("kind", ["smollm2", "qwen3", "qwen3_moe", "untied", "w8a8", "w8a8_static"])
-def test_target_from_peer(kind: str, fleet: Fleet, checkpoints: Checkpoints) -> None:
-    source_and_target(fleet, checkpoints, kind)
+def layout(fleet: Fleet, name: str) -> Layout:
+    return fleet.manifest(next(iter(fleet.replicas(name).values()))[0]).layout
 
 
-def test_two_ranks_over_tcp(fleet: Fleet, checkpoints: Checkpoints) -> None:
-    _, target = source_and_target(fleet, checkpoints, "llama", tp=2, transports=["tcp"])
+@pytest.mark.parametrize("kind", ["smollm2", "llama", "qwen3", "qwen3_moe", "w8a8", "w8a8_static"])
+def test_target_from_peer(kind: str, fleet: Fleet, shared: Shared, checkpoints: Checkpoints) -> None:
+    filled(fleet, shared.source(kind), checkpoints.bare(kind))
+
+
+def test_two_ranks_over_tcp(fleet: Fleet, shared: Shared, checkpoints: Checkpoints) -> None:
+    extra = {"transports": ["tcp"]}
+    target = filled(fleet, shared.source("llama", tp=2), checkpoints.bare("llama"), tp=2, extra=extra)
     assert all(" over tcp" in line for line in target.lines("weightwire: received "))
 
 
-def test_h65_no_kv_cache_in_a_manifest_and_h60_no_runtime_state(fleet: Fleet, checkpoints: Checkpoints) -> None:
-    """The source has answered, so its KV cache is bound; what it offers was catalogued before."""
-    source_and_target(fleet, checkpoints, "tied")
-    for views in fleet.replicas("models/tied-1").values():
-        layout = fleet.manifest(views[0]).layout
-        names = [name for entry in layout.entries for name in (entry.name, *entry.aliases)]
+def test_h65_no_kv_cache_in_a_manifest_and_h60_no_runtime_state(
+    fleet: Fleet, shared: Shared, checkpoints: Checkpoints
+) -> None:
+    """Both have answered, so their KV caches are bound; what they offer was catalogued before."""
+    source = shared.source("tied")
+    filled(fleet, source, checkpoints.bare("tied"))
+    for views in fleet.replicas(source.name).values():
+        found = fleet.manifest(views[0]).layout
+        names = [name for entry in found.entries for name in (entry.name, *entry.aliases)]
         assert "model.embed_tokens.weight" in names
         assert not [name for name in names if "kv_cache" in name]
-        assert {entry.kind for entry in layout.entries} == {TensorClass.WEIGHT, TensorClass.DERIVED}
-        weights = sum(entry.nbytes for entry in layout.entries if entry.kind is TensorClass.WEIGHT)
+        assert {entry.kind for entry in found.entries} == {TensorClass.WEIGHT, TensorClass.DERIVED}
+        weights = sum(entry.nbytes for entry in found.entries if entry.kind is TensorClass.WEIGHT)
         file = (checkpoints.full("tied") / "model.safetensors").stat().st_size
         assert file * 0.98 < weights < file * 1.02  # nothing is left out, nothing is there twice
 
 
 @pytest.mark.parametrize("kind", ["says_tied", "says_tied_is"])
-def test_h61_config_says_tied_checkpoint_has_an_lm_head(kind: str, fleet: Fleet, checkpoints: Checkpoints) -> None:
-    source, _ = source_and_target(fleet, checkpoints, kind)
-    views = next(iter(fleet.replicas(f"models/{kind}-1").values()))
-    names = [entry.name for entry in fleet.manifest(views[0]).layout.entries]
-    assert "lm_head.weight" in names, source.tail()  # raw bytes: vLLM ties equal ones later, on each side
+def test_h61_config_says_tied_checkpoint_has_an_lm_head(
+    kind: str, fleet: Fleet, shared: Shared, checkpoints: Checkpoints
+) -> None:
+    source = shared.source(kind)
+    filled(fleet, source, checkpoints.bare(kind))
+    # raw bytes: vLLM ties equal ones later, on each side
+    assert "lm_head.weight" in [entry.name for entry in layout(fleet, source.name).entries]
 
 
-def test_processed_stage(fleet: Fleet, checkpoints: Checkpoints) -> None:
+def test_processed_stage(fleet: Fleet, shared: Shared, checkpoints: Checkpoints) -> None:
     """Where vLLM leaves linear weights as tensors, kernel-ready ones can travel."""
-    _, target = source_and_target(fleet, checkpoints, "untied", stages=["PROCESSED"], faults={"plain_linear": True})
+    source = shared.source("llama", processed=True)
+    extra = {"stages": ["PROCESSED"]}
+    target = filled(fleet, source, checkpoints.bare("llama"), extra=extra, faults=PLAIN)
     assert target.lines("stage PROCESSED")
     assert not target.lines("stage LOADED")
+    assert source.tokens == shared.tokens("llama")
 
 
-def test_h11_stages_never_meet(fleet: Fleet, checkpoints: Checkpoints) -> None:
-    name, plain = "models/stages", {"plain_linear": True}
-    source = fleet.offline(checkpoints.full("untied"), name, extra={"stages": ["PROCESSED"]}, faults=plain).ready()
-    fleet.until(name, 1, 30, source)
-    given = {"stages": ["LOADED"], "on_miss": "fail", "role": "target"}
-    target = fleet.offline(checkpoints.bare("untied"), name, extra=given, faults=plain)
+def test_h11_stages_never_meet(fleet: Fleet, shared: Shared, checkpoints: Checkpoints) -> None:
+    source = shared.source("llama", processed=True)
+    extra = {"stages": ["LOADED"], "on_miss": "fail", "role": "target"}
+    target = fleet.offline(checkpoints.bare("llama"), source.name, extra=extra, faults=PLAIN)
     assert target.ends(120) == 1
     (cause,) = target.root_causes()
     assert "PROCESSED" in cause, cause

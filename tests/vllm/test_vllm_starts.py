@@ -11,21 +11,22 @@ from vllm_replicas import Fleet, Shared
 from weightwire.wire.messages import PublicationState
 
 
-def test_third_starts_while_the_second_is_loading(fleet: Fleet, checkpoints: Checkpoints, tmp_path: Path) -> None:
-    name, gate = "starts/third", tmp_path / "gate"
-    first = fleet.offline(checkpoints.full("llama"), name).ready()
-    fleet.until(name, 1, 30, first)
+def test_third_starts_while_the_second_is_loading(
+    fleet: Fleet, shared: Shared, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    first, gate = shared.source("qwen3"), tmp_path / "gate"
+    name, model = first.name, checkpoints.bare("qwen3")
     patient = {"on_miss": "fail", "poison": True, "stall_timeout": 120}
-    second = fleet.offline(checkpoints.bare("llama"), name, extra=patient, faults={"gate": str(gate), "gate_after": 3})
+    second = fleet.offline(model, name, extra=patient, faults={"gate": str(gate), "gate_after": 3})
     fleet.reading(name, 90, second)
-    third = fleet.offline(checkpoints.bare("llama"), name, extra=patient)
+    third = fleet.offline(model, name, extra=patient)
     third.says("Starting to load model")
     assert not second.lines("weightwire: received"), "the second was done before the third began"
     gate.touch()
     second.ready()
     third.ready()
     fleet.only(name, 3, second, third)
-    assert first.tokens() == second.tokens() == third.tokens()
+    assert first.tokens == second.tokens() == third.tokens()
 
 
 def test_h25_two_start_in_the_same_second(fleet: Fleet, checkpoints: Checkpoints) -> None:
@@ -46,12 +47,8 @@ def test_server_down_at_start(fleet: Fleet, shared: Shared, checkpoints: Checkpo
     alone = fleet.offline(checkpoints.full("llama"), "starts/down", extra={"url": "127.0.0.1:9"})
     alone.says("weightwire: no peer, reading the disk: ")
     tried = time.monotonic() - began
-    alone.ready()
-    began = time.monotonic()
-    plain = fleet.offline(checkpoints.full("llama"), "starts/plain", load_format="auto").ready()
-    usual = time.monotonic() - began
-    assert tried < usual + 15
-    assert alone.tokens() == plain.tokens() == shared.tokens("llama")
+    assert tried < 60, "five seconds, and what a busy machine takes to get there"
+    assert alone.ready().tokens() == shared.tokens("llama")
 
 
 def test_h24_nobody_serves_and_nothing_is_on_the_disk(fleet: Fleet, checkpoints: Checkpoints) -> None:

@@ -57,18 +57,19 @@ def test_h09_processing_in_place(fleet: Fleet, shared: Shared, checkpoints: Chec
     assert second.tokens() == first.tokens() != shared.tokens("llama")
 
 
-def test_h10_what_processing_replaces_is_kept_and_counted(fleet: Fleet, checkpoints: Checkpoints) -> None:
+def test_h10_what_processing_replaces_is_kept_and_counted(
+    fleet: Fleet, shared: Shared, checkpoints: Checkpoints
+) -> None:
     """INT8 weights are packed and replaced; readers get the raw ones long after."""
-    name = "state/replaced"
-    first = source(fleet, checkpoints, name, "w8a8")
-    line = first.says("(kept a second time: ", 10)
+    known = shared.source("w8a8")
+    line = known.replica.says("(kept a second time: ", 10)
     kept = int(line.partition("(kept a second time: ")[2].partition(" ")[0])
-    (views,) = fleet.replicas(name).values()
+    views = next(iter(fleet.replicas(known.name).values()))
     packed = sum(entry.nbytes for entry in fleet.manifest(views[0]).layout.entries if entry.dtype == "int8")
     assert packed > 0
     assert kept >= packed
-    second = target(fleet, checkpoints, name, "w8a8").ready()
-    assert second.tokens() == first.tokens()
+    second = target(fleet, checkpoints, known.name, "w8a8").ready()
+    assert second.tokens() == known.tokens
 
 
 def test_h12_a_failed_publish_is_not_made_up_for_later(fleet: Fleet, checkpoints: Checkpoints) -> None:
