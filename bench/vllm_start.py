@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.util
+import itertools
 import json
 import mmap
 import os
@@ -211,7 +212,7 @@ def phases(server: Server, ready: float) -> dict[str, float]:
         server.began + ready,
     ]
     names = [name for name in PHASES if name not in ("publish", "ready", "first token")]
-    parts = {name: end - begin for name, begin, end in zip(names, stops, stops[1:], strict=True)}
+    parts = {name: end - begin for name, (begin, end) in zip(names, itertools.pairwise(stops), strict=True)}
     received = server.when("weightwire: received")  # what comes then, until post-load steps begin, is publishing
     parts["publish"] = marks["weights in place"] - received if received else 0.0
     parts["weights"] -= parts["publish"]
