@@ -35,7 +35,7 @@ def downloads(where: Hub) -> tuple[int, int]:
     return weights, sum(one.nbytes for one in asked) - weights
 
 
-@pytest.mark.timeout(300, method="signal")  # lets replicas be ended
+@pytest.mark.timeout(300, method="signal", func_only=True)  # by signal: replicas are ended then
 def test_only_the_first_replica_downloads(fleet: Fleet, checkpoints: Checkpoints, tmp_path: Path) -> None:
     with hub() as where:
         old = where.push(MODEL, checkpoints.full("llama"))
@@ -69,7 +69,7 @@ def test_only_the_first_replica_downloads(fleet: Fleet, checkpoints: Checkpoints
         assert [second.stop(), third.stop()] == [0, 0]
 
 
-@pytest.mark.timeout(180, method="signal")
+@pytest.mark.timeout(180, method="signal", func_only=True)
 def test_nothing_is_downloaded_twice(fleet: Fleet, checkpoints: Checkpoints, tmp_path: Path) -> None:
     with hub() as where:
         commit = where.push(MODEL, checkpoints.full("llama"))
