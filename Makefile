@@ -21,6 +21,7 @@ STAMP := $(VENV)/.installed
 VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_PIP   := $(VLLM_BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 VLLM_STAMP := $(VLLM_VENV)/.installed
+BENCH_EXTRAS := .cache/bench-vllm
 
 .DEFAULT_GOAL := help
 .PHONY: help venv venv-vllm demo test test-vllm bench-vllm check lint types layers generated bench proto docs clean
@@ -84,7 +85,9 @@ bench: $(STAMP)
 	@for name in digest publish_cost tcp nixl; do echo "== $$name"; $(BIN)/python bench/$$name.py || exit 1; done
 
 bench-vllm: $(VLLM_STAMP)
-	@for name in vllm_start vllm_serving; do echo "== $$name"; $(VLLM_BIN)/python bench/$$name.py || exit 1; done
+	@$(VLLM_PIP) install --upgrade --no-deps --target $(BENCH_EXTRAS) runai-model-streamer humanize || true  # measured if there
+	@$(VLLM_BIN)/python bench/vllm_start.py --runs 3 --path $(BENCH_EXTRAS) --json $(BENCH_EXTRAS)/start.json
+	@$(VLLM_BIN)/python bench/vllm_serving.py --rounds 5 --window 15 --json $(BENCH_EXTRAS)/serving.json
 
 proto: $(STAMP)
 	$(BIN)/python tools/gen_proto.py
