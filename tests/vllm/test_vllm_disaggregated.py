@@ -85,7 +85,7 @@ def content(server: Api) -> str:
     return match[1]
 
 
-@pytest.mark.timeout(300, method="signal", func_only=True)  # by signal: servers are ended then
+@pytest.mark.timeout(600, method="signal", func_only=True)  # by signal: servers are ended then
 def test_prefill_and_decode_from_a_replica(fleet: Fleet, checkpoints: Checkpoints) -> None:
     name = "disaggregated"
     single = fleet.api(checkpoints.full("smollm2"), name, engine=EXACT).ready()
