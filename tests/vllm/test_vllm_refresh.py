@@ -18,7 +18,7 @@ from weightwire.engines.vllm.staging import Request
 
 NEW = 7
 """Seed of the newer weights."""
-LONG = [f"{number} " + " ".join(PROMPTS[number:] + PROMPTS[:number]) * 3 for number in range(2)]
+LONG = [f"{number} " + " ".join(PROMPTS[number:] + PROMPTS[:number]) * 5 for number in range(2)]
 """Prompts of more than one block of the prefix cache (128 tokens on a CPU)."""
 QUICK: dict[str, Any] = {"vote_s": 5.0, "stall_timeout": 3, "load_timeout": 20, "wait_for_loading": 5}
 LIMIT_S = 30.0
@@ -107,7 +107,7 @@ def test_kernels_use_the_new_weights(kind: str, fleet: Fleet, checkpoints: Check
     replica = server(fleet, checkpoints.full(kind), name)
     newer = source(fleet, checkpoints.full(kind, NEW), name)
     move(replica, ordinal=2)
-    assert answers(replica) == answers(newer)
+    assert replica.tokens() == newer.tokens()
 
 
 def test_h61_an_embedding_that_vllm_tied_stays_tied(fleet: Fleet, checkpoints: Checkpoints) -> None:

@@ -42,6 +42,7 @@ RENEWED_ON_CPU = (
     "UnquantizedEmbeddingMethod",
     "UnquantizedFusedMoEMethod",
     "CompressedTensorsW8A8Int8",
+    "CompressedTensorsKVCacheMethod",
 )
 """Methods (or their schemes) whose kernels were seen to use the new weights afterwards."""
 
