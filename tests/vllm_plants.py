@@ -86,14 +86,16 @@ def undeclared() -> None:
 
 
 def in_place() -> None:
-    """Processing doubles every linear weight where it is."""
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    """Processing doubles every INT8 weight's scale where it is."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsLinearMethod,
+    )
 
     def process(real: Callable[..., Any], method: Any, layer: Any) -> None:
-        layer.weight.data.mul_(2)
+        layer.weight_scale.data.mul_(2)
         real(method, layer)
 
-    _around(UnquantizedLinearMethod, "process_weights_after_loading", process)
+    _around(CompressedTensorsLinearMethod, "process_weights_after_loading", process)
 
 
 def watch() -> None:

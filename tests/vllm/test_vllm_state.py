@@ -50,11 +50,11 @@ def test_h08_unclassified_attribute(fleet: Fleet, shared: Shared, checkpoints: C
 
 
 def test_h09_processing_in_place(fleet: Fleet, shared: Shared, checkpoints: Checkpoints) -> None:
-    """Both sides double their weights once: the source does not offer doubled ones."""
+    """Both sides double their scales once: the source does not offer doubled ones."""
     name = "state/in-place"
-    first = source(fleet, checkpoints, name, plants=["in_place"])
-    second = target(fleet, checkpoints, name, plants=["in_place"]).ready()
-    assert second.tokens() == first.tokens() != shared.tokens("llama")
+    first = source(fleet, checkpoints, name, "w8a8", plants=["in_place"])
+    second = target(fleet, checkpoints, name, "w8a8", plants=["in_place"]).ready()
+    assert second.tokens() == first.tokens() != shared.tokens("w8a8")
 
 
 def test_h10_what_processing_replaces_is_kept_and_counted(
