@@ -157,7 +157,7 @@ def test_h09_where_the_model_is_walked_once_aliases_that_a_transform_made_still_
     owners = described.memory.owners
     assert isinstance(owners, list)
     before = digest_leaves(described.memory, described.layout.leaves)
-    snapshot = Snapshot(model=model, published=storages(owners), local=True)
+    snapshot = Snapshot(model=model, published=storages(owners), foreign=True)
     with snapshot.guard(model.first):
         model.first.row = model.first.weight.detach()[1]
     with snapshot.guard(model.second):
@@ -175,3 +175,16 @@ def test_a_transform_that_only_replaces_needs_no_copy_and_is_counted() -> None:
         model.inner.b = nn.Parameter(model.inner.b.detach().t().contiguous())
     assert digests(memory) == before
     assert (snapshot.held.replaced, snapshot.held.peak_clone) == (6 * 4, 0)
+
+
+def test_a_foreign_transform_may_keep_an_address_and_what_is_there_stays() -> None:
+    model = Model(declares=False)
+    described = catalogue(model)
+    owners = described.memory.owners
+    assert isinstance(owners, list)
+    snapshot = Snapshot(model=model, published=storages(owners), foreign=True)
+    with snapshot.guard(model.inner):
+        handle = model.inner.c.data_ptr()  # as a kernel's handle keeps its scales
+    assert model.inner.c.data_ptr() == handle
+    assert model.alias is model.inner.a
+    assert snapshot.held.in_place == (12 + 6 + 5) * 4

@@ -131,11 +131,11 @@ class Publication:
             self.leases.serve(self.memory.by_name)
             self._apply(lifecycle.Offer(time.monotonic()))
 
-    def guard(self, model: nn.Module, *, local: bool = False) -> Snapshot:
-        """Copy-on-transform for ``model``; enter ``.guard(module)`` around every transform. ``local``: see there."""
+    def guard(self, model: nn.Module, *, foreign: bool = False) -> Snapshot:
+        """Copy-on-transform for ``model``; enter ``.guard(module)`` around every transform. ``foreign``: see there."""
         owners = self._held_now().memory.owners
         assert isinstance(owners, list)
-        return Snapshot(model=model, published=storages(owners), held=self.held, local=local)
+        return Snapshot(model=model, published=storages(owners), held=self.held, foreign=foreign)
 
     def pause(self, drain_s: float = DRAIN_S) -> None:
         """Return once nobody reads and nobody can: the bytes may change then.

@@ -50,14 +50,15 @@ class Snapshot:
     Args (fields):
         model: the published module; its tensors are found anew at each guard, so that aliases made later count.
         published: data pointers of the storages that readers may read.
-        local: a transform makes aliases in its own module alone, so the model is walked once and not at each guard: for
-            models whose modules are many and transform one by one.
+        foreign: transforms are not ours. They may keep addresses where nobody sees them (kernels do), so tensors
+            stay on their copies even where nothing changed; and each makes aliases in its own module alone, so the
+            model is walked once and not at each guard.
     """
 
     model: nn.Module
     published: frozenset[int]
     held: Held = field(default_factory=Held)
-    local: bool = False
+    foreign: bool = False
     _index: dict[int, list[torch.Tensor]] | None = None
 
     @contextlib.contextmanager
@@ -77,7 +78,7 @@ class Snapshot:
         try:
             yield
         finally:
-            self._settle(clones, module)
+            self._settle(clones)
             kept = {clone.original.data_ptr(): clone.copy.data_ptr() for clone in clones}
             after = own_tensors(module)
             self._learn(module)
@@ -98,7 +99,7 @@ class Snapshot:
             for tensor in _all_tensors(self.model):
                 if _pointer(tensor) in self.published:
                     index.setdefault(_pointer(tensor), []).append(tensor)
-            if not self.local:
+            if not self.foreign:
                 return {pointer: index.get(pointer, []) for pointer in pointers}
             self._index = index
         return {
@@ -115,15 +116,17 @@ class Snapshot:
             if users is not None and not any(tensor is known for known in users):
                 users.append(tensor)
 
-    def _settle(self, clones: list[_Clone], module: nn.Module) -> None:
+    def _settle(self, clones: list[_Clone]) -> None:
         unchanged: dict[int, _Clone] = {}
         for clone in clones:
-            if clone.changed():
+            if self.foreign:
+                self.held.in_place += clone.nbytes if clone.used() else 0
+            elif clone.changed():
                 self.held.in_place += clone.nbytes
             else:
                 clone.revert()
                 unchanged[clone.copy.data_ptr()] = clone
-        for tensor in _all_tensors(module if self.local else self.model) if unchanged else ():
+        for tensor in _all_tensors(self.model) if unchanged else ():
             if _pointer(tensor) in unchanged:  # an alias that the transform made
                 _repoint(tensor, unchanged[_pointer(tensor)].original)
 
@@ -167,6 +170,10 @@ class _Clone:
 
     def changed(self) -> bool:
         return not torch.equal(_bytes(self.original), _bytes(self.copy))
+
+    def used(self) -> bool:
+        """Whether a tensor that was re-pointed to the copy is still there."""
+        return any(_pointer(tensor) == self.copy.data_ptr() for tensor in self.users)
 
     def revert(self) -> None:
         for tensor in self.users:

@@ -207,7 +207,7 @@ class Load:
         if publication is None:
             yield
             return
-        with transforms.guarded(model, publication.guard(model, local=True)):
+        with transforms.guarded(model, publication.guard(model, foreign=True)):
             yield
         assert self.offering.report is not None
         self.offering.report.held = publication.held.nbytes
