@@ -50,7 +50,7 @@ def test_h08_unclassified_attribute(fleet: Fleet, shared: Shared, checkpoints: C
 
 
 def test_h09_processing_in_place(fleet: Fleet, shared: Shared, checkpoints: Checkpoints) -> None:
-    """Both sides double their scales once: the source does not offer doubled ones."""
+    """Both sides enlarge their scales once: the source does not offer enlarged ones."""
     name = "state/in-place"
     first = source(fleet, checkpoints, name, "w8a8", plants=["in_place"])
     second = target(fleet, checkpoints, name, "w8a8", plants=["in_place"]).ready()
