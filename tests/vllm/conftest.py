@@ -25,7 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 if not collect_ignore_glob:
     from vllm_checkpoints import Checkpoints
-    from vllm_replicas import Fleet, Place, Shared, metadata_server, write_site, zygote
+    from vllm_processes import metadata_server, zygote
+    from vllm_replicas import Fleet, Place, Shared, write_site
 
     @pytest.fixture(scope="session")
     def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from vllm_checkpoints import Checkpoints
-from vllm_replicas import PROMPTS, TOKENS, Api, Fleet, Tokens, free_port
+from vllm_processes import PROMPTS, TOKENS, Api, Tokens, free_port
+from vllm_replicas import Fleet
 
 KV = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
 EXACT = {"--dtype": "float32"}

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from vllm_checkpoints import Checkpoints
-from vllm_replicas import Fleet, Offline, Place
+from vllm_processes import Offline
+from vllm_replicas import Fleet, Place
 
 from weightwire.types import Role
 

@@ -6,7 +6,8 @@ import signal
 import time
 
 from vllm_checkpoints import Checkpoints
-from vllm_replicas import Fleet, Process, Shared
+from vllm_processes import Process
+from vllm_replicas import Fleet, Shared
 
 CRASHES = ("Segmentation fault", "Fatal Python error", "core dumped", "exit code: -11", "exitcode -11")
 

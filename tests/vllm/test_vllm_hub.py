@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from vllm_checkpoints import Checkpoints
 from vllm_hub import Hub, hub
-from vllm_replicas import CPU, Fleet, Offline, Place, zygote
+from vllm_processes import CPU, Offline, zygote
+from vllm_replicas import Fleet, Place
 
 MODEL = "acme/tiny"
 

@@ -7,7 +7,8 @@ import time
 
 import pytest
 from vllm_checkpoints import Checkpoints
-from vllm_replicas import Fleet, Offline, Shared
+from vllm_processes import Offline
+from vllm_replicas import Fleet, Shared
 
 SLOW = {"read_s": 1.5}
 QUICK = {"stall_timeout": 3, "load_timeout": 60, "transports": ["tcp"]}

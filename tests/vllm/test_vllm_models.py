@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from vllm_checkpoints import Checkpoints
-from vllm_replicas import Fleet, Known, Offline, Shared
+from vllm_processes import Offline
+from vllm_replicas import Fleet, Known, Shared
 
 from weightwire.manifest.records import Layout
 from weightwire.types import TensorClass

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from vllm_checkpoints import Checkpoints
-from vllm_replicas import PROMPTS, Api, Fleet, Offline
+from vllm_processes import PROMPTS, Api, Offline
+from vllm_replicas import Fleet
 
 from weightwire.config import Settings
 from weightwire.engines.vllm import rollout

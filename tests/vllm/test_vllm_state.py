@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_checkpoints import Checkpoints
-from vllm_replicas import Fleet, Offline, Shared
+from vllm_processes import Offline
+from vllm_replicas import Fleet, Shared
 
 BARE = {"on_miss": "fail", "role": "target", "poison": True}
 
