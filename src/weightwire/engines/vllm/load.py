@@ -15,7 +15,7 @@ from weightwire.config import OnMiss, ReplicaRole
 from weightwire.engines.vllm import facts, stages, state, transforms
 from weightwire.engines.vllm.classes import CLASSES
 from weightwire.engines.vllm.identity import identities
-from weightwire.engines.vllm.offering import PUBLISH, RAW_BUDGET, Offering
+from weightwire.engines.vllm.offering import PROCESSED, PUBLISH, RAW_BUDGET, Offering
 from weightwire.engines.vllm.options import Options
 from weightwire.engines.vllm.ranks import Place, group
 from weightwire.engines.vllm.serving import Loaded, Serving
@@ -33,8 +33,8 @@ from weightwire.types import Role, Stage
 
 log = logging.getLogger("vllm.weightwire.load")
 
-LOADED, PROCESSED = "loaded", "processed"
-"""Steps at which the workers agree, besides those of receiving and offering."""
+LOADED = "loaded"
+"""Step at which the workers agree, besides those of receiving and offering."""
 
 
 @dataclass(kw_only=True)

@@ -30,7 +30,7 @@ log = logging.getLogger("vllm.weightwire.offering")
 
 SLEEP_BACKEND = "weightwire"
 """Taken up by the worker at its first sleep; vLLM 0.32 has no option to name one."""
-RAW_BUDGET, READY, PUBLISH = "raw budget", "readiness", "publish"
+RAW_BUDGET, PROCESSED, READY, PUBLISH = "raw budget", "processed", "readiness", "publish"
 
 
 @dataclass(kw_only=True)
@@ -112,7 +112,8 @@ class Offering:
 
     def failed(self, stage: Stage, error: WeightwireError) -> None:
         """This worker cannot publish ``stage``: tell the others, and take the announcement back."""
-        self.group.refuse(RAW_BUDGET, error.problem)  # no effect where a vote was posted already; as below
+        for step in (RAW_BUDGET, PROCESSED):  # no effect where a vote was posted already; as below
+            self.group.refuse(step, error.problem)
         self.group.at(PUBLISH).refuse(f"publish/{stage.value}", error.problem)
         self.report = PublishReport(stage=stage.value, reason=error.problem)
         self.withdraw()
