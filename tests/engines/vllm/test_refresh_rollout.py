@@ -192,7 +192,7 @@ def test_a_prefix_cache_that_stays_keeps_the_server_paused(server: Server, monke
 def test_the_command(server: Server, caplog: pytest.LogCaptureFixture, tmp_path: Any) -> None:
     key = tmp_path / "key"
     key.write_text("sesame\n")
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="weightwire.rollout")
     assert rollout.main(["--url", server.url + "/", "--latest", "--api-key-file", str(key)]) == 0
     assert server.keys == {"Bearer sesame"}
     assert dict(server.calls)["/update_weights"] == {"update_info": {"latest": True}}
