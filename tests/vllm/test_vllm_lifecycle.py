@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 
 from vllm_checkpoints import Checkpoints
 from vllm_replicas import Fleet
-
-from weightwire.wire.messages import PublicationState
 
 TTL_S = 10.0
 """Of the metadata server: a source that only falls silent stays listed for so long."""
@@ -38,20 +34,3 @@ def test_reloading_withdraws_first_and_works(fleet: Fleet, checkpoints: Checkpoi
     assert after != before
     fresh = fleet.offline(other, f"{name}-fresh", load_format="auto").ready()
     assert after == fresh.tokens()
-
-
-def test_h52_a_graceful_shutdown_withdraws_and_bytes_were_held_until_the_engine_was_ready(
-    fleet: Fleet, checkpoints: Checkpoints
-) -> None:
-    name = "lifecycle/shutdown"
-    server = fleet.api(checkpoints.full("llama"), name, engine={"--shutdown-timeout": 10})
-    server.says("held until the engine is ready")
-    assert not fleet.replicas(name, PublicationState.READY)
-    server.ready()
-    fleet.until(name, 1, 30, server)
-    heard = server.lines("weightwire: the engine is ready")
-    assert heard
-    assert not server.lines("nobody said")
-    os.kill(server.child.pid, signal.SIGTERM)  # the server alone, as Kubernetes does
-    assert gone(fleet, name, TTL_S / 2) < TTL_S / 2
-    assert server.ends(30) == 0
