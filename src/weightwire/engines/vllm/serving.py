@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 
 from weightwire.config import Settings
 from weightwire.engines.vllm.logs import forward
@@ -155,6 +155,7 @@ class Serving:
             log.info("weightwire: the engine is ready; the %s model is offered to others", role.value)
 
 
+EXIT_PRIORITY = 100
 EXIT_DRAIN_S = 3.0
 """What readers get at exit; vLLM kills a worker that takes longer than about five seconds."""
 
@@ -165,7 +166,8 @@ def process_serving(make: Callable[[], Serving] = Serving) -> Serving:
     """This process's one ``Serving``; made on first use, that is in a worker and not in a process that forks it."""
     if not _process:
         _process.append(make())
-        atexit.register(_process[0].close)
+        # not atexit: a worker that multiprocessing has forked leaves without running what is registered there
+        Finalize(None, _process[0].close, exitpriority=EXIT_PRIORITY)
     return _process[0]
 
 
