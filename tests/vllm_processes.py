@@ -239,13 +239,16 @@ class Api(Process):
         return f"http://127.0.0.1:{self.port}"
 
     def ask(self, path: str, timeout: float = 60.0, **body: Any) -> dict[str, Any]:
-        """POST ``body``; the answer's JSON."""
+        """POST ``body``; the answer's JSON. Where the server refuses, its log is told."""
         request = urllib.request.Request(
             f"{self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            said: dict[str, Any] = json.loads(answer.read() or b"{}")
-            return said
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                said: dict[str, Any] = json.loads(answer.read() or b"{}")
+                return said
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{error}: {error.read().decode()}\n{self.tail()}") from error
 
     def tokens(self, prompts: Sequence[str] = PROMPTS, tokens: int = TOKENS) -> Tokens:
         """Greedy answers of the completions endpoint."""

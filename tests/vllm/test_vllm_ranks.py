@@ -11,7 +11,8 @@ from vllm_replicas import Fleet, Shared
 
 VOTE_S = 6.0
 QUICK: dict[str, Any] = {"vote_s": VOTE_S, "stall_timeout": 3, "load_timeout": 10, "wait_for_loading": 5}
-LATE_S = 2.0
+LATE_S = 1.0
+"""At each of three steps, where the others wait once: far from ``VOTE_S``, also on a slow machine."""
 TOO_LATE_S = 1.5 * VOTE_S
 """For the decision, but not for the end: a rank that says nothing there either is lost."""
 

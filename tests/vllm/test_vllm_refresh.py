@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,9 +68,8 @@ def test_refresh_or_stay(fleet: Fleet, checkpoints: Checkpoints) -> None:
     with pytest.raises(Refused, match="nothing newer than ordinal 1 is offered"):
         move(replica, fleet, latest=True)
     replica.ask("/start_weight_update")
-    with pytest.raises(urllib.error.HTTPError) as refused:
+    with pytest.raises(AssertionError, match="weightwire: update_info holds an unknown key 'ordinl'; give"):
         replica.ask("/update_weights", update_info={"ordinl": 2})
-    assert "weightwire: update_info holds an unknown key 'ordinl'; give" in refused.value.read().decode()
     assert answers(replica) == old
 
     killed = source(fleet, checkpoints.full("tied", NEW), name)
@@ -155,6 +153,6 @@ def test_a_swap_that_fails_half_way_ends_the_server(fleet: Fleet, checkpoints: C
     with pytest.raises(Gone):
         move(replica, ordinal=2)
     assert replica.lines("weightwire: the weights were swapped in part (made to fail)"), replica.tail()
-    with pytest.raises((urllib.error.URLError, ConnectionError)):
+    with pytest.raises((AssertionError, OSError)):
         replica.tokens()
     replica.ends(LIMIT_S)

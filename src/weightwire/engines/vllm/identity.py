@@ -111,8 +111,10 @@ def _revision(model_config: ModelConfig, options: Options) -> str | None:
 
 
 def _quantization(model_config: ModelConfig) -> str:
+    if not model_config.quantization:
+        return ""  # and the Hub is not asked for files that nobody has
     found = {name: content for name in QUANTIZATION_FILES if (content := _file(name, model_config))}
-    return config_digest(found) if model_config.quantization and found else ""
+    return config_digest(found) if found else ""
 
 
 def _file(name: str, model_config: ModelConfig) -> dict[str, Any] | None:

@@ -88,7 +88,7 @@ class PreshardedLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not in
             FenceTimeout: a peer may still write into this memory: nothing may be loaded there.
         """
         if not self._loading:
-            _serving().withdraw()
+            _serving().changing()
         if self._load is None:
             self._read(model, model_config, None)
         elif not self._load.processed and not self._load.fill(model):
@@ -98,7 +98,7 @@ class PreshardedLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not in
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """What ``reload_weights`` reads: it changes published bytes, so they are withdrawn first."""
-        _serving().withdraw()
+        _serving().changing()
         log.warning("weightwire: weights are reloaded from the disk: this replica no longer serves them")
         reading: Any = getattr(self._fallback(), "get_all_weights", None)
         if reading is None:
@@ -151,9 +151,7 @@ class PreshardedLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not in
         if nbytes:
             log.warning("weightwire: up to %.1f MB of %s are downloaded", nbytes / 1e6, model_config.model)
         try:
-            fallback.load(
-                self._fallback(), model, model_config, load.offering.progress if load else lambda _done, _total: None
-            )
+            fallback.load(self._fallback(), model, model_config, load.offering.progress if load else None)
         except (RuntimeError, OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             kind = LoadError if load is not None and load.pulls else CheckpointError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -109,7 +110,8 @@ class Serving:
         """Return once nobody reads and nobody can; the bytes may go away until ``resume``. Idempotent."""
         for publication in self._live():
             publication.pause()
-            self._paused.append(publication)
+            if publication not in self._paused:
+                self._paused.append(publication)
 
     def resume(self) -> None:
         """After ``pause``: offer again what came back, and digest it; at the first difference it is withdrawn.
@@ -124,6 +126,15 @@ class Serving:
             layout = publication.offered
             leaves = range(len(layout.leaves)) if layout else range(0)
             all(publication.recheck(leaf) for leaf in leaves)
+
+    def changing(self) -> None:
+        """The target's weights are about to be replaced by others, unknown here: nobody reads them any more.
+
+        What is known of them is forgotten, so that a later refresh does not take them for weights that it has.
+        """
+        self.withdraw()
+        if Role.TARGET in self.loaded:
+            self.loaded[Role.TARGET] = dataclasses.replace(self.loaded[Role.TARGET], weights_id="")
 
     def withdraw(self, role: Role | None = None, drain_s: float | None = None) -> None:
         """Stop serving one role, or everything; returns when the bytes may change. Idempotent."""
@@ -156,6 +167,7 @@ class Serving:
 
 
 EXIT_PRIORITY = 100
+"""Among multiprocessing's finalizers: before its own."""
 EXIT_DRAIN_S = 3.0
 """What readers get at exit; vLLM kills a worker that takes longer than about five seconds."""
 
