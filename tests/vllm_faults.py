@@ -6,6 +6,7 @@ Everything that it does not name is the real thing. It is put on the path by ``v
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import signal
@@ -29,8 +30,9 @@ class Faults:
     Attributes:
         rank: the tensor-parallel rank that it goes wrong on; -1 for all.
         steps: some of ``find``, ``construct``, ``fill`` and ``publish``.
-        kind: what happens when such a step begins: ``fail`` (as its own causes do), ``fail once``, ``crash`` (an error
-            that nobody foresaw), ``die``, ``freeze`` or ``late``.
+        kind: what happens when such a step begins: ``fail`` (as its own causes do), ``crash`` (an error that
+            nobody foresaw), ``die``, ``freeze`` or ``late``.
+        failures: after so many a step that was to ``fail`` works; 0 for never.
         late_s: how late.
         margin_s: how much longer than the leader the other ranks wait for its choice.
         read_s: how much longer each read from a peer takes.
@@ -44,6 +46,7 @@ class Faults:
     rank: int = -1
     steps: tuple[str, ...] = ()
     kind: str = ""
+    failures: int = 0
     late_s: float = 0.0
     margin_s: float = 3.0
     read_s: float = 0.0
@@ -139,8 +142,8 @@ def _at_step(faults: Faults, step: str) -> None:
         "publish": (Load, "publish_raw", (Load, "describe", indescribable)),
     }
     owner, name, (cause, method, error) = places[step]
-    if faults.kind.startswith("fail"):
-        _put(cause, method, lambda real: _failing(real, error, faults.kind, step))
+    if faults.kind == "fail":
+        _put(cause, method, lambda real: _failing(real, error, faults.failures, step))
     else:
         _put(owner, name, lambda real: _after(real, lambda: _go_wrong(faults, step)))
 
@@ -158,14 +161,13 @@ def _go_wrong(faults: Faults, step: str) -> None:
             time.sleep(faults.late_s)
 
 
-def _failing(real: Callable[..., Any], error: Exception, kind: str, step: str) -> Callable[..., Any]:
-    failed: list[bool] = []
+def _failing(real: Callable[..., Any], error: Exception, failures: int, step: str) -> Callable[..., Any]:
+    calls = itertools.count(1)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
-        if failed and kind == "fail once":
+        if failures and next(calls) > failures:
             return real(*args, **kwargs)
-        failed.append(True)
-        _say(f"fault: {kind} at {step}")
+        _say(f"fault: fail at {step}")
         raise error
 
     return failing

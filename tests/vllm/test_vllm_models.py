@@ -36,6 +36,17 @@ def test_target_from_peer(kind: str, fleet: Fleet, shared: Shared, checkpoints: 
     filled(fleet, shared.source(kind), checkpoints.bare(kind))
 
 
+def test_the_loader_that_the_operator_names_reads_the_disk(
+    fleet: Fleet, shared: Shared, checkpoints: Checkpoints
+) -> None:
+    source = shared.source("llama")
+    extra = {"role": "source", "fallback_load_format": "runai_streamer"}
+    replica = fleet.offline(checkpoints.full("llama"), source.name, extra=extra).ready()
+    assert replica.lines("Loading safetensors using Runai Model Streamer"), replica.tail()
+    fleet.only(source.name, 2, source.replica, replica)
+    assert replica.tokens() == source.tokens
+
+
 def test_two_ranks_over_tcp(fleet: Fleet, shared: Shared, checkpoints: Checkpoints) -> None:
     extra = {"transports": ["tcp"]}
     target = filled(fleet, shared.source("llama", tp=2), checkpoints.bare("llama"), tp=2, extra=extra)

@@ -77,7 +77,7 @@ def test_h12_a_failed_publish_is_not_made_up_for_later(fleet: Fleet, checkpoints
     """The raw stage could not be described; after processing it could, and is not."""
     name = "state/failed"
     extra = {"stages": ["LOADED", "PROCESSED"]}
-    faults: dict[str, Any] = {"steps": ["publish"], "kind": "fail once", "plain_linear": True}
+    faults: dict[str, Any] = {"steps": ["publish"], "kind": "fail", "failures": 1, "plain_linear": True}
     replica = source(fleet, checkpoints, name, extra=extra, **faults)
     assert len(replica.lines("weightwire: not published: ")) == 1
     assert not replica.lines("weightwire: published ")
