@@ -41,7 +41,7 @@ from weightwire.runtime import Injected, LoadRequest, Weights, model_loader
 from weightwire.runtime.checkpoint.safetensors_loader import SafetensorsLoader
 from weightwire.runtime.distributed import TpGroup
 from weightwire.runtime.materialize import materialize
-from weightwire.source import node, publish
+from weightwire.source import node, publish, scrub
 from weightwire.target import discover
 from weightwire.target.offer import Choice
 from weightwire.transport.faults import Corrupt, FaultPlan, FaultyTransport
@@ -76,6 +76,7 @@ class Faults:
         corrupt: what is read arrives changed: bad memory on our side.
         poison: parameters are filled with a pattern before the fill, and looked at when it begins.
         peer_port: of the peer endpoint.
+        blind: the scrub finds nothing: it does not get there in time.
     """
 
     vote_s: float = 10.0
@@ -95,6 +96,7 @@ class Faults:
     corrupt: bool = False
     poison: bool = False
     peer_port: int = 0
+    blind: bool = False
 
     @classmethod
     def told(cls) -> Faults:
@@ -365,6 +367,8 @@ def misbehave() -> None:
         _put(publish, "_together", lambda _verdict: FAULTS.weights_id)
     if FAULTS.unregistered:
         _put(TcpTransport, "register", _no_register)
+    if FAULTS.blind:
+        _put(scrub.Pace, "rest", lambda *_: 3600.0)
     if FAULTS.peer_port:
         _put(node, "PeerServer", _peer_server)
 

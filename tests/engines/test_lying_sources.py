@@ -29,7 +29,7 @@ def free_port() -> int:
 def test_h31_h54_flipped_bits_cost_one_reader_and_the_source_its_place(
     fleet: Fleet, checkpoints: dict[str, Path]
 ) -> None:
-    bad, good = (fleet.source(checkpoints["big"], "flipped", faults=SLOW) for _ in range(2))
+    bad, good = (fleet.source(checkpoints["big"], "flipped", faults=SLOW | {"blind": True}) for _ in range(2))
     for each in (bad, good):
         each.loaded()
     tokens, digest = good.tokens(), good.digest()
@@ -65,7 +65,7 @@ def test_h36_h69_a_reader_with_bad_memory_fails_and_the_source_keeps_its_place(
 
 
 def test_h29_bytes_overwritten_under_a_reader_are_refused(fleet: Fleet, checkpoints: dict[str, Path]) -> None:
-    source = fleet.source(checkpoints["big"], "scribbled", faults=SLOW)
+    source = fleet.source(checkpoints["big"], "scribbled", faults=SLOW | {"blind": True})
     source.loaded()
     tokens, digest = source.tokens(), source.digest()
     target = fleet.target(checkpoints["big"], "scribbled")
