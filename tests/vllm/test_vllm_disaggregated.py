@@ -116,6 +116,7 @@ def test_prefill_and_decode_from_a_replica(fleet: Fleet, checkpoints: Checkpoint
     if not lost:
         hits = metric(decode, "vllm:external_prefix_cache_hits_total")
         assert hits == metric(prefill, "vllm:prompt_tokens_total") > 0
+    assert metric(decode, "vllm:nixl_num_failed_transfers_total") <= len(lost)
     assert len(lost) <= 1, lost
     fleet.until(name, 3, 30, prefill, decode)  # weights are offered beside the KV cache, by NIXL too
     for server in (prefill, decode):

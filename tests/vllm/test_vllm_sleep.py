@@ -5,7 +5,6 @@ Only the inner backend, which frees memory on a GPU, is a stand-in.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -89,10 +88,7 @@ def test_what_came_back_otherwise_is_withdrawn(serving: Serving, publication: Pu
     backend.suspend(1)
     next(model.parameters()).add_(1)
     backend.resume()
-    until = time.monotonic() + 5
-    while not publication.over:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    assert publication.over, "found by the scrub, perhaps, but not at once"
 
 
 def test_weights_that_sleep_drops_are_withdrawn_first(serving: Serving, publication: Publication) -> None:
