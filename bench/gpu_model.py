@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import gpu_quantized
 import torch
+from gpu_quantized import Quantized
 from torch import nn
 from torch.nn import functional
 
@@ -80,8 +82,13 @@ class Llama(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-def build(shape: str, device: str) -> Llama:
-    """Materialised and uninitialised, as an engine has it before it loads."""
+Model = Llama | Quantized
+
+
+def build(shape: str, device: str) -> Model:
+    """Materialised and uninitialised, as an engine has it before it loads; ``quantized`` is a shape of its own."""
+    if shape == "quantized":
+        return Quantized().to_empty(device=device).eval()
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -93,8 +100,11 @@ def build(shape: str, device: str) -> Llama:
 
 
 @torch.no_grad()
-def fill(model: Llama, seed: int) -> None:
+def fill(model: Model, seed: int) -> None:
     """Random weights, and the buffer that construction would compute."""
+    if isinstance(model, Quantized):
+        gpu_quantized.fill(model, seed)
+        return
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -106,15 +116,17 @@ def fill(model: Llama, seed: int) -> None:
 
 
 @torch.no_grad()
-def poison(model: Llama) -> None:
+def poison(model: Model) -> None:
     """Nothing that is there may pass for something that arrived."""
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.view(torch.uint8).fill_(0xA5)
+        gpu_quantized.raw(tensor).fill_(0xA5)
 
 
 @torch.no_grad()
-def tokens(model: Llama, count: int = 4) -> dict[str, object]:
+def tokens(model: Model, count: int = 4) -> dict[str, object]:
     """Greedy tokens after a fixed prompt, and a digest of the last logits."""
+    if isinstance(model, Quantized):
+        return gpu_quantized.tokens(model)
     vocab, device = model.embed_tokens.num_embeddings, model.inv_freq.device
     found = [(at * 7919 + 13) % vocab for at in range(16)]
     for _ in range(count):

@@ -11,50 +11,37 @@ import gc
 import json
 import os
 import signal
-import statistics
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE]  # nixl is not bench/nixl.py
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
+from torch.distributed import PrefixStore, TCPStore  # noqa: E402
 
 sys.path.append(str(HERE))
+import gpu_bare  # noqa: E402
+import gpu_digest  # noqa: E402
 import gpu_model  # noqa: E402
 import gpu_profile  # noqa: E402
 
 import weightwire  # noqa: E402
-from weightwire.auth import Secret  # noqa: E402
 from weightwire.config import Settings  # noqa: E402
 from weightwire.errors import WeightwireError  # noqa: E402
 from weightwire.loaders.module import Published  # noqa: E402
-from weightwire.manifest import device_digest, digest  # noqa: E402
-from weightwire.manifest.address import AddressSpace, Region, Segment  # noqa: E402
 from weightwire.manifest.catalogue import catalogue  # noqa: E402
-from weightwire.manifest.device_memory import tensor_at  # noqa: E402
-from weightwire.manifest.records import Leaf  # noqa: E402
-from weightwire.transport.base import Read, Registration  # noqa: E402
-from weightwire.types import Span  # noqa: E402
+from weightwire.types import Stage  # noqa: E402
 
 MIB = 1 << 20
-SECRET = Secret(b"bench only, one host only")
-LEASE = bytes(16)
+COPIES = 6
 
 
-class Gate:
-    def admit(self, lease: bytes, span: Span) -> Registration:
-        raise NotImplementedError
-
-
-def identity(model_id: str) -> weightwire.Identity:
-    return weightwire.module_identity(model_id, "Llama", "bfloat16", {}, revision="1")
+def identity(model_id: str, tp_size: int) -> weightwire.Identity:
+    return weightwire.module_identity(model_id, "Llama", "bfloat16", {}, revision="1", tp_size=tp_size)
 
 
 class Worker:
@@ -62,6 +49,44 @@ class Worker:
         self.device = device
         self.published: dict[str, Published] = {}
         self.kept: list[Any] = []
+        self.rank, self.size = 0, 1
+        self.store: Any = None
+
+    def settle(self) -> dict[str, Any]:
+        """Answered once everything is imported and the device is there."""
+        self._settle()
+        return {}
+
+    def about(self) -> dict[str, Any]:
+        """What runs here, and what keeps NVLink multicast off."""
+        from importlib.metadata import version
+
+        names = ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS")
+        found: dict[str, Any] = {"python": sys.version.split()[0], "torch": torch.__version__}
+        for package in ("nixl", "nixl-cu13", "grpcio", "protobuf"):
+            with contextlib.suppress(ModuleNotFoundError):
+                found[package] = version(package)
+        return found | {name: os.environ.get(name, "unset") for name in names}
+
+    # ---- several ranks
+
+    def open_store(self) -> dict[str, Any]:
+        """Serve the store of the ranks' decisions, as rank 0 of an engine does."""
+        self.kept.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        return {"port": self.kept[-1].port}
+
+    def join(self, port: int, rank: int, size: int) -> dict[str, Any]:
+        self.store = TCPStore("127.0.0.1", port, is_master=False)
+        self.rank, self.size = rank, size
+        return {}
+
+    def _together(self, use: str) -> dict[str, Any]:
+        """Arguments of ``publish`` and ``receive`` for a replica of several ranks; ``use`` is new each time."""
+        if self.store is None:
+            return {}
+        where = weightwire.Coordinates(tp_rank=self.rank, tp_size=self.size)
+        store = PrefixStore(use.replace(" ", "-"), self.store)
+        return {"coordinates": where, "group": weightwire.ranks(store, self.rank, self.size)}
 
     # ---- the model
 
@@ -93,15 +118,19 @@ class Worker:
 
     # ---- our library
 
-    def publish(self, url: str, transports: list[str], model_id: str) -> dict[str, Any]:
-        settings = Settings.from_env({}, url=url, transports=tuple(transports))
+    def publish(
+        self, url: str, transports: list[str], model_id: str, max_rate: str | None = None, use: str = ""
+    ) -> dict[str, Any]:
+        settings = Settings.from_env({}, url=url, transports=tuple(transports), max_rate=max_rate)
         with self._memory() as used, gpu_profile.watched() as profile:
             began = time.monotonic()
-            published = weightwire.publish(self.model, identity(model_id), settings=settings)
+            asked = {"settings": settings, **self._together(f"publish/{model_id}/{use}")}
+            published = weightwire.publish(self.model, identity(model_id, self.size), **asked)
             ended = time.monotonic()
         self.published[model_id] = published
         report = dataclasses.asdict(published.report)
-        return {"began": began, "ended": ended, "report": report, "memory": used, "profile": profile}
+        found = {"began": began, "ended": ended, "report": report, "memory": used, "profile": profile}
+        return found | {"process": published._member.incarnation[:8]}  # noqa: SLF001  (as a peer's label has it)
 
     def withdraw(self, model_id: str) -> dict[str, Any]:
         began = time.monotonic()
@@ -113,11 +142,17 @@ class Worker:
         url: str,
         transports: list[str],
         model_id: str,
+        *,
         kill: int = 0,
         kill_at: float = 0.0,
         profile: bool = False,
+        use: str = "",
+        relay: bool = False,
     ) -> dict[str, Any]:
-        """Fill the model from a peer; on the way, once ``kill_at`` of the bytes are verified, kill process ``kill``."""
+        """Fill the model from peers; on the way, once ``kill_at`` of the bytes are verified, kill process ``kill``.
+
+        A ``relay`` publishes what it received at once, so that others can take it from here.
+        """
         settings = Settings.from_env({}, url=url, transports=tuple(transports))
         seen: dict[str, float] = {}
 
@@ -129,16 +164,22 @@ class Worker:
                     seen["killed"], seen["done"] = time.monotonic(), done / total
 
         found: dict[str, Any] = {"seen": seen}
+        who = identity(model_id, self.size)
         watched = gpu_profile.watched() if profile else contextlib.nullcontext({})
         with self._memory() as used, watched as found["profile"]:
             began = time.monotonic()
             try:
-                report = weightwire.receive(self.model, identity(model_id), settings=settings, progress=progress)
+                asked = {"settings": settings, **self._together(f"receive/{model_id}/{use}")}
+                report = weightwire.receive(self.model, who, progress=progress, **asked)
                 found["report"] = report.to_json()
             except WeightwireError as error:
                 found["raised"] = f"{type(error).__name__}: {error}"
             ended = time.monotonic()
-        return found | {"began": began, "ended": ended, "memory": used}
+        if relay and "report" in found:
+            published = weightwire.publish(self.model, who, received=report, settings=settings)
+            self.published[model_id] = published
+            found |= {"serves": time.monotonic(), "process": published._member.incarnation[:8]}  # noqa: SLF001
+        return found | {"began": began, "ended": ended, "memory": used, "contexts": self._contexts()}
 
     # ---- copy-on-transform
 
@@ -161,149 +202,70 @@ class Worker:
             "allocated_bytes": (torch.cuda.memory_allocated() if self._cuda else 0) - before,
         }
 
+    # ---- small models of the native runtime
+
+    def families(self, folder: str) -> dict[str, Any]:
+        """Their names; each process writes the same checkpoints."""
+        import gpu_families
+
+        for case in gpu_families.CASES:
+            gpu_families.written(Path(folder), case)
+        return {"cases": list(gpu_families.CASES)}
+
+    def family_serve(self, folder: str, case: str, stage: str, url: str, transports: list[str]) -> dict[str, Any]:
+        import gpu_families
+
+        settings = Settings.from_env({}, url=url, transports=tuple(transports))
+        where = Path(folder, case.replace(" ", "-"))
+        self.published["family"], found = gpu_families.serve(where, case, Stage(stage), self.device, settings)
+        return found
+
+    def family_take(self, folder: str, case: str, stage: str, url: str, transports: list[str]) -> dict[str, Any]:
+        import gpu_families
+
+        settings = Settings.from_env({}, url=url, transports=tuple(transports))
+        where = Path(folder, case.replace(" ", "-") + "-bare")
+        return gpu_families.take(where, case, Stage(stage), self.device, settings)
+
     # ---- what the same bytes cost without us
 
     def share(self) -> dict[str, Any]:
-        """CUDA IPC handles of every parameter, as torch makes them."""
-        rows = []
-        for parameter in self.model.parameters():
-            handle = parameter.untyped_storage()._share_cuda_()
-            rows.append([part.hex() if isinstance(part, bytes) else part for part in handle])
-        return {"handles": rows}
+        return {"handles": gpu_bare.shared(list(self.model.parameters()))}
 
-    def copy_shared(self, handles: list[list[Any]]) -> dict[str, Any]:
-        """Copy the other process's parameters into ours through CUDA IPC."""
-        began = time.perf_counter()
-        opening = torch.UntypedStorage._new_shared_cuda  # noqa: SLF001  (as torch.multiprocessing does)
-        theirs = [opening(*_handle(row)) for row in handles]
-        opened = time.perf_counter() - began
-        ours = [parameter.untyped_storage() for parameter in self.model.parameters()]
-        pairs = [(_flat(one), _flat(other)) for one, other in zip(ours, theirs, strict=True)]
-        seconds = self._timed(lambda: [to.copy_(source) for to, source in pairs], 5)
-        pairs.clear()
-        del theirs
-        torch.cuda.ipc_collect()
-        nbytes = sum(storage.nbytes() for storage in ours)
-        return {"open_s": opened, "first_gbps": nbytes / seconds[0] / 1e9, "gbps": nbytes / min(seconds[1:]) / 1e9}
+    def copy_shared(self, handles: list[list[Any]], at: float = 0.0) -> dict[str, Any]:
+        return gpu_bare.copy_shared(list(self.model.parameters()), handles, at, COPIES)
 
     def bare_source(self) -> dict[str, Any]:
-        """Serve the model's memory over a transport of its own, without leases or digests."""
-        from weightwire.transport.nixl import NixlTransport
+        kept, found = gpu_bare.served(catalogue(self.model).memory)
+        self.kept.append(kept)
+        return found
 
-        memory = catalogue(self.model).memory
-        began = time.perf_counter()
-        transport = NixlTransport(SECRET, Gate())
-        registration = transport.register(memory)
-        endpoint = transport.describe(registration, LEASE)
-        self.kept.append((transport, registration))
-        return {"endpoint": endpoint.hex(), "register_s": time.perf_counter() - began}
-
-    def bare_read(self, endpoint: str, sizes_mib: list[int]) -> dict[str, Any]:
+    def bare_read(self, endpoint: str, sizes_mib: list[int], at: float = 0.0) -> dict[str, Any]:
         """One bare NIXL READ of everything; then our connection by size of one read. No digest in either."""
         memory = catalogue(self.model).memory
         found: dict[str, Any] = {"nbytes": memory.span.nbytes}
         with contextlib.ExitStack() as until:
-            found |= _one_read(memory, bytes.fromhex(endpoint), until)
-        found["ours_gbps"] = _our_reads(memory, bytes.fromhex(endpoint), sizes_mib)
+            found |= gpu_bare.one_read(memory, bytes.fromhex(endpoint), until, at)
+        if sizes_mib:
+            found["ours_gbps"] = gpu_bare.our_reads(memory, bytes.fromhex(endpoint), sizes_mib)
         return found
+
+    def peer_copy(self, source: str, sizes_mib: list[int]) -> dict[str, Any]:
+        return gpu_bare.peer_copy(source, self.device, sizes_mib)
 
     def device_copy(self, mib: int) -> dict[str, Any]:
-        """A device-to-device copy in this process; bytes read plus bytes written."""
-        one = torch.randint(0, 256, (mib * MIB,), dtype=torch.uint8, device=self.device)
-        other = torch.empty_like(one)
-        seconds = min(self._timed(lambda: other.copy_(one), 12)[2:])
-        return {"copy_gbps": one.nbytes / seconds / 1e9, "memory_gbps": 2 * one.nbytes / seconds / 1e9}
+        return gpu_bare.device_copy(self.device, mib)
 
     def host_copy(self, mib: int) -> dict[str, Any]:
-        """Copies between the device and pinned host memory: what staging over tcp cannot exceed."""
-        here = torch.empty(mib * MIB, dtype=torch.uint8, pin_memory=True)
-        there = torch.empty_like(here, device=self.device)
-        to_host = min(self._timed(lambda: here.copy_(there, non_blocking=True), 4)[1:])
-        to_device = min(self._timed(lambda: there.copy_(here, non_blocking=True), 4)[1:])
-        return {"to_host_gbps": here.nbytes / to_host / 1e9, "to_device_gbps": here.nbytes / to_device / 1e9}
+        return gpu_bare.host_copy(self.device, mib)
 
-    # ---- digests
+    # ---- digests and registration
 
     def digests(self, host_mib: int) -> dict[str, Any]:
-        """The whole path over the model, the kernel alone, and equality with the host and with tensor operations."""
-        found = catalogue(self.model)
-        leaves = found.layout.leaves
-        path = self._timed(lambda: digest.digest_leaves(found.memory, leaves), 4)
-        some = leaves[:host_mib]
-        here = _on_host(found.memory, some)
-        began = time.perf_counter()
-        expected = digest.digest_leaves(here, some, threads=4)
-        host_s = time.perf_counter() - began
-        few, nbytes = [leaf.span for leaf in some[:64]], sum(leaf.span.nbytes for leaf in some)
-        result = {
-            "nbytes": found.layout.nbytes,
-            "leaves": len(leaves),
-            "path_first_s": path[0],
-            "path_s": min(path[1:]),
-            "path_gbps": found.layout.nbytes / min(path[1:]) / 1e9,
-            "equals_host": digest.digest_leaves(found.memory, some) == expected,
-            "host_4_threads_gbps": nbytes / host_s / 1e9,
-        }
-        return result | self._kernels(found.memory, leaves, few) if self._cuda else result
-
-    def _kernels(self, memory: AddressSpace, leaves: tuple[Leaf, ...], few: list[Span]) -> dict[str, Any]:
-        from weightwire.manifest import device_kernel
-        from weightwire.manifest.device_blocks import Blocks
-
-        blocks = Blocks(memory.segments, [leaf.span for leaf in leaves])
-        address, nbytes = blocks.address[blocks.whole], blocks.nbytes[blocks.whole]
-        out = torch.empty(len(address), dtype=torch.int64, device=self.device)
-        speeds, values = {}, set()
-        for row, stages in ((1024, 3), (512, 3), (1024, 2), (2048, 2)):
-            kernel = device_kernel.Kernel(torch.cuda.current_device(), row, stages)
-            seconds = _kernel_seconds(kernel, address, nbytes, out)
-            speeds[f"{row}x{stages}"] = round(float(nbytes.sum()) / seconds / 1e9, 1)
-            values.add(hash(out.cpu().numpy().tobytes()))
-        twin_s = min(self._timed(lambda: self._twin(memory, few), 3))
-        return {
-            "kernel_gbps": speeds,
-            "variants_agree": len(values) == 1,
-            "in_place_blocks": int(blocks.whole.sum()),
-            "gathered_blocks": int((~blocks.whole).sum()),
-            "equals_twin": self._twin(memory, few) == device_digest.digest_spans(memory, few),
-            "twin_gbps": sum(span.nbytes for span in few) / twin_s / 1e9,
-            "by_run_gbps": {
-                f"{mib} MiB": round(self._run(memory, leaves, mib), 1) for mib in (1, 8, 64, 256, 1024, 4096)
-            },
-        }
-
-    def _run(self, memory: AddressSpace, leaves: tuple[Leaf, ...], count: int) -> float:
-        """Of digests of runs of leaves as they are verified: the tables are there."""
-        tables = digest.LeafDigests(memory, leaves)
-        count = min(count, len(leaves))
-        seconds = min(self._timed(lambda: tables.of(range(count)), 8))
-        return sum(leaf.span.nbytes for leaf in leaves[:count]) / seconds / 1e9
-
-    def _twin(self, memory: AddressSpace, spans: list[Span]) -> bytes:
-        from weightwire.manifest.device_blocks import Blocks
-
-        first = memory.slices(Span(spans[0].offset, spans[-1].end - spans[0].offset))
-        blocks = Blocks(first, spans)
-        rows = np.arange(len(blocks))
-        values = device_digest._by_tensor_operations(blocks, rows, self.device)  # noqa: SLF001
-        return device_digest._combined(values, blocks.counts)  # noqa: SLF001
-
-    # ---- registration
+        return gpu_digest.digests(self.model, self.device, host_mib)
 
     def registration(self, tensors: int, mib: float) -> dict[str, Any]:
-        """Register ``tensors`` tensors of ``mib`` MiB with NIXL: whole allocations; and each tensor."""
-        torch.cuda.empty_cache()
-        began = time.perf_counter()
-        held = [torch.empty(int(mib * MIB), dtype=torch.uint8, device=self.device) for _ in range(tensors)]
-        found: dict[str, Any] = {"tensors": tensors, "allocate_s": time.perf_counter() - began}
-        module = nn.Module()
-        for at, tensor in enumerate(held):
-            module.register_buffer(f"t{at}", tensor)
-        memory = catalogue(module).memory
-        each = [Region(tensor.data_ptr(), tensor.nbytes, self.device) for tensor in held]
-        with _noted(found, "error"):
-            found |= _registered(memory, each)
-        return found
+        return gpu_bare.registration(self.device, tensors, mib)
 
     # ---- inside
 
@@ -312,18 +274,13 @@ class Worker:
         return self.device.startswith("cuda")
 
     def _settle(self) -> None:
-        if self._cuda:
-            torch.cuda.synchronize()
+        gpu_bare.settle((self.device,))
 
-    def _timed(self, action: Callable[[], object], runs: int) -> list[float]:
-        found = []
-        for _ in range(runs):
-            self._settle()
-            began = time.perf_counter()
-            action()
-            self._settle()
-            found.append(time.perf_counter() - began)
-        return found
+    def _contexts(self) -> list[int]:
+        """Devices on which this process has a context (half a GB each): its own, and no other."""
+        has_context = getattr(torch._C, "_cuda_hasPrimaryContext", None)  # noqa: SLF001  (asking makes none)
+        count = torch.cuda.device_count() if self._cuda and has_context else 0
+        return [index for index in range(count) if has_context(index)]
 
     @contextlib.contextmanager
     def _memory(self) -> Iterator[dict[str, float]]:
@@ -339,135 +296,6 @@ class Worker:
         used["device_mib"] = (free - torch.cuda.mem_get_info()[0]) / MIB
 
 
-@contextlib.contextmanager
-def _noted(found: dict[str, Any], key: str) -> Iterator[None]:
-    try:
-        yield
-    except WeightwireError as error:
-        found[key] = f"{type(error).__name__}: {error}"
-
-
-def _handle(row: list[Any]) -> list[Any]:
-    return [bytes.fromhex(part) if isinstance(part, str) else part for part in row]
-
-
-def _flat(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _kernel_seconds(kernel: Any, address: Any, nbytes: Any, out: torch.Tensor) -> float:
-    """Of the kernel alone: its tables are on the device before."""
-    table = kernel.table(np.stack((address, nbytes)))
-    found = []
-    for _ in range(8):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        kernel.hash(table, out)
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end) / 1000)
-    return statistics.median(found)
-
-
-def _on_host(memory: AddressSpace, leaves: tuple[Leaf, ...]) -> AddressSpace:
-    span = Span(leaves[0].span.offset, leaves[-1].span.end - leaves[0].span.offset)
-    parts, segments = [], []
-    for segment in memory.slices(span):
-        part = tensor_at(segment.address, segment.nbytes, segment.device).cpu()
-        parts.append(part)
-        segments.append(Segment(segment.offset, part.data_ptr(), part.nbytes, "cpu"))
-    return AddressSpace(segments, [], parts)
-
-
-def _registered(memory: AddressSpace, tensors: list[Region]) -> dict[str, Any]:
-    from weightwire.transport.nixl.agent import Agent
-    from weightwire.transport.nixl.registration import registrable
-
-    marks = [time.perf_counter()]
-    agent = Agent(f"bench-{time.monotonic_ns()}", serves=True)
-    marks.append(time.perf_counter())
-    regions = registrable(memory)
-    marks.append(time.perf_counter())
-    agent.register(regions)
-    marks.append(time.perf_counter())
-    nbytes = len(agent.metadata())
-    marks.append(time.perf_counter())
-    agent.destroy()
-    names = ("agent_s", "find_allocations_s", "register_s", "metadata_s")
-    found: dict[str, Any] = {name: marks[at + 1] - marks[at] for at, name in enumerate(names)}
-    agent = Agent(f"bench-{time.monotonic_ns()}", serves=True)
-    began = time.perf_counter()
-    agent.register(tensors)
-    found["per_tensor_s"] = time.perf_counter() - began
-    agent.destroy()
-    return found | {"allocations": len(regions), "metadata_bytes": nbytes}
-
-
-def _one_read(memory: AddressSpace, endpoint: bytes, until: contextlib.ExitStack) -> dict[str, Any]:
-    from weightwire.transport.nixl.agent import Agent
-    from weightwire.transport.nixl.endpoint import Endpoint
-    from weightwire.transport.nixl.pieces import Piece, Run
-    from weightwire.transport.nixl.registration import registrable
-
-    peer = Endpoint.decode(endpoint, SECRET, LEASE)
-    marks = [time.perf_counter()]
-    agent = Agent(f"bare-{os.getpid()}-{time.monotonic_ns() % 10**9}", serves=False)
-    until.callback(agent.destroy)
-    marks.append(time.perf_counter())
-    agent.register(registrable(memory))
-    marks.append(time.perf_counter())
-    agent.add_peer(peer.metadata, peer.agent)
-    marks.append(time.perf_counter())
-    pairs = list(zip(memory.segments, peer.memory.segments, strict=True))
-    runs = [Run(ours.address, theirs.address, ours.nbytes) for ours, theirs in pairs]
-    piece = Piece(pairs[0][0].device, pairs[0][1].device, runs, memory.span.nbytes)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        handle = agent.post(piece, peer.agent)
-        while not agent.done(handle):
-            pass
-        seconds.append(time.perf_counter() - began)
-        agent.release(handle)
-    ways = {"<".join(way): "+".join(used) for way, used in agent.transports().items()}
-    names = ("agent_s", "register_s", "add_peer_s")
-    return {
-        "ways": ways,
-        "bare_first_gbps": memory.span.nbytes / seconds[0] / 1e9,
-        "bare_gbps": memory.span.nbytes / min(seconds[1:]) / 1e9,
-        **{name: marks[at + 1] - marks[at] for at, name in enumerate(names)},
-    }
-
-
-def _our_reads(memory: AddressSpace, endpoint: bytes, sizes_mib: list[int]) -> dict[str, float]:
-    from weightwire.transport.nixl import NixlTransport
-
-    transport = NixlTransport(SECRET)
-    deadline = time.monotonic() + 120
-    connection = transport.connect(endpoint, LEASE, deadline)
-    registration = transport.register(memory)
-    connection.read(Span(0, 1), registration).wait(deadline)
-    found = {}
-    for mib in sizes_mib:
-        seconds = []
-        for _ in range(3):
-            under_way: deque[Read] = deque()
-            began = time.perf_counter()
-            for offset in range(0, memory.span.nbytes, mib * MIB):
-                nbytes = min(mib * MIB, memory.span.nbytes - offset)
-                under_way.append(connection.read(Span(offset, nbytes), registration))
-                if len(under_way) >= connection.depth:
-                    under_way.popleft().wait(deadline)
-            for read in under_way:
-                read.wait(deadline)
-            seconds.append(time.perf_counter() - began)
-        found[f"{mib} MiB"] = round(memory.span.nbytes / min(seconds) / 1e9, 2)
-    found["path"] = connection.path
-    connection.fence(time.monotonic() + 10)
-    transport.close()
-    return found
-
-
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed belongs to the log
@@ -475,9 +303,8 @@ def main() -> None:
     if "BENCH_NO_GC" in os.environ:  # to see what collections cost a load
         gc.disable()
     if worker.device.startswith("cuda"):
-        torch.cuda.init()
+        torch.cuda.set_device(worker.device)  # and no context on any other device, as an engine's rank has it
         torch.zeros(1, device=worker.device)
-    print(json.dumps({"pid": os.getpid()}), file=answers, flush=True)
     for line in sys.stdin:
         command = json.loads(line)
         try:

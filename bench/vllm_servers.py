@@ -129,13 +129,14 @@ def serve(
     *,
     paths: Sequence[str] = (),
     cores: Sequence[int] = (),
+    engine: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """A server that was just started; ended on leaving.
 
-    ``paths`` go on the Python path; ``cores`` are those it may use.
+    ``paths`` go on the Python path; ``cores`` are those it may use; ``engine`` are further arguments.
     """
     port = free_port()
-    given = ENGINE | {"--model": str(model), "--port": str(port), "--load-format": load_format}
+    given = ENGINE | dict(engine or {}) | {"--model": str(model), "--port": str(port), "--load-format": load_format}
     if extra:
         given["--model-loader-extra-config"] = json.dumps(dict(extra))
     arguments = [part for option in given.items() for part in option if part is not None]
@@ -183,6 +184,11 @@ def private_secret() -> Iterator[None]:
         path.write_text(os.urandom(32).hex())
         os.environ["WEIGHTWIRE_SECRET_FILE"] = str(path)
         yield
+
+
+def clean_up_when_terminated() -> None:
+    """Let SIGTERM end this process as an exception would: servers are groups of their own, and would live on."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
 
 
 def free_port() -> int:

@@ -1,6 +1,6 @@
 """Request latency of a vLLM replica while others read its weights, and while nobody does.
 
-    python bench/vllm_serving.py [--rounds 5] [--window 15] [--clients 2] [--json FILE]
+    python bench/vllm_serving.py [--rounds 5] [--window 15] [--clients 2] [--max-rate 20MB/s] [--json FILE]
 
 Needs vLLM and weightwire in one environment (``make bench-vllm`` makes one). One replica serves a steady load of
 completions; windows of equal length are interleaved, and the latencies of the requests that began in a window are
@@ -13,7 +13,7 @@ pooled over all rounds:
 
 ``beside`` tells what the reader costs by running on the same machine; elsewhere readers are on other machines. With two
 or more cores the replica has one half of them, the clients and the reader the other (``--no-pin``: all have all).
-A bandwidth cap is not measured: the data plane has none yet.
+With ``--max-rate`` the replica has this bandwidth cap in all windows.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from vllm_servers import MODEL_ID, Server, facts, metadata_server, private_secret, serve
+from vllm_reader import Pulls
+from vllm_servers import MODEL_ID, Server, clean_up_when_terminated, facts, metadata_server, private_secret, serve
 
 KINDS = ("alone", "tcp", "nixl", "beside")
 PROMPTS = ("The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at")
@@ -56,6 +55,7 @@ def main() -> None:
     if options.read:
         read(*options.read)
         return
+    clean_up_when_terminated()
     from weightwire.engines.native.smollm2 import build_checkpoint
 
     checkpoint = options.checkpoint or build_checkpoint(progress=lambda text: print(text, file=sys.stderr))
@@ -64,6 +64,9 @@ def main() -> None:
     header |= {"cores_of_replica": ours or "all", "cores_of_readers": theirs or "all"}
     with private_secret(), metadata_server() as url:
         extra = {"url": url, "model_id": MODEL_ID, "revision": "r1", "role": "source"}
+        if options.max_rate:
+            extra["max_rate"] = options.max_rate
+            header["max_rate"] = options.max_rate
         with serve(checkpoint, "presharded", extra, cores=ours) as server:
             server.ready()
             server.says("offered to others")
@@ -80,6 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--window", type=float, default=15.0, metavar="S", help="length of a window")
     parser.add_argument("--clients", type=int, default=2, help="requests under way at a time")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of one answer")
+    parser.add_argument("--max-rate", metavar="RATE", help="the replica's bandwidth cap, such as 20MB/s")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--no-pin", action="store_true")
     parser.add_argument("--json", type=Path, help="write everything that was measured here")
@@ -208,7 +212,7 @@ def read(url: str, kind: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    pull = Pulls(url, "tcp" if kind == "beside" else kind)
+    pull = Pulls(url, "tcp" if kind == "beside" else kind, MODEL_ID)
     pull.once()  # connections and agents are made once, pages are touched
     wanted, speeds = threading.Event(), []
     print("idle", flush=True)
@@ -230,64 +234,6 @@ def read(url: str, kind: str) -> None:
             print(json.dumps(speeds), flush=True)
             speeds = []
     os._exit(0)
-
-
-class Pulls:
-    """Reads the bench model's weights into memory of its own, as a starting replica does, without a model."""
-
-    def __init__(self, url: str, transport: str) -> None:
-        from weightwire.config import Settings
-        from weightwire.loaders.member import Member
-        from weightwire.metadata.client import MetadataClient
-        from weightwire.target.discover import fetch_manifest
-        from weightwire.target.offer import Choice
-        from weightwire.wire.messages import FindShard
-
-        self.member = Member(Settings.from_env(url=url, transports=transport), serves=False)
-        self.reader = self.member.reader
-        client: MetadataClient = self.member.metadata
-        record = client.sources(MODEL_ID)[0].record
-        listing = client.find_shard(FindShard(shard_key=record.shard_key, weights_id=record.weights_id))
-        self.candidate = listing.candidates[0]
-        choice = Choice(stage=record.stage, replica_key=record.replica_key, weights_id=record.weights_id)
-        _, self.manifest = fetch_manifest(self.reader, self.candidate, choice, record.coordinates)
-        self.nbytes = self.manifest.layout.nbytes
-        self.memory: npt.NDArray[np.uint8] = np.zeros(self.nbytes, dtype=np.uint8)
-        self.copy = np.zeros_like(self.memory)
-        name, used = next(iter(self.reader.transports.items()))
-        self.into = {name: used.register(self._space())}
-
-    def _space(self) -> Any:
-        from weightwire.manifest.address import AddressSpace, Region, Segment
-
-        address = self.memory.ctypes.data
-        return AddressSpace(
-            [Segment(0, address, self.nbytes, "cpu")], [Region(address, self.nbytes, "cpu")], [self.memory]
-        )
-
-    def once(self) -> None:
-        """Everything, verified."""
-        from weightwire.manifest.leaves import chunk_bytes
-        from weightwire.target.pull import Bounds, Pull
-        from weightwire.target.session import PeerSession
-        from weightwire.target.worklist import WorkList, chunked
-
-        leaves = self.manifest.layout.leaves
-        work = WorkList(chunked(leaves, range(len(leaves)), chunk_bytes(self.nbytes)))
-        pull = Pull(self.manifest, self.into, work, Bounds(deadline=time.monotonic() + 60))
-        session = PeerSession(self.reader, self.candidate, self.manifest.content_id)
-        try:
-            pull.run(iter([session]))
-        finally:
-            session.close()
-
-    def beside(self) -> None:
-        """The work of ``once`` that is the reader's own: the copy and the digests."""
-        from weightwire.manifest.digest import LeafDigests
-
-        np.copyto(self.copy, self.memory)
-        leaves = self.manifest.layout.leaves
-        LeafDigests(self._space(), leaves).of(range(len(leaves)))
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

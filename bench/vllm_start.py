@@ -34,7 +34,16 @@ from pathlib import Path
 from typing import Any
 
 from vllm_marks import write_site
-from vllm_servers import ENVIRONMENT, MODEL_ID, Server, facts, metadata_server, private_secret, serve
+from vllm_servers import (
+    ENVIRONMENT,
+    MODEL_ID,
+    Server,
+    clean_up_when_terminated,
+    facts,
+    metadata_server,
+    private_secret,
+    serve,
+)
 
 PROMPT = "The capital of France is"
 CASES = (
@@ -79,6 +88,7 @@ class Case:
 
 
 def main() -> None:
+    clean_up_when_terminated()
     options = parse()
     header = facts()
     with contextlib.ExitStack() as open_things:

@@ -24,7 +24,7 @@ from weightwire.engines.native.events import Event
 from weightwire.engines.native.options import ReplicaOptions
 from weightwire.engines.native.replica import Replica
 from weightwire.metadata.client import MetadataClient
-from weightwire.wire.messages import SourceView
+from weightwire.wire.reports import SourceView
 
 HERE = Path(__file__).parent
 LOAD_S = 90.0
@@ -116,9 +116,10 @@ class Watch:
         self.replica._tell({"do": command, **arguments})
         return self.replica._collect(answer, 60)
 
-    def digest(self) -> list[list[str]]:
+    def digest(self, role: str = "target") -> list[list[str]]:
         """What the tensors of each rank hold now: content id, derived id."""
-        return [[str(event["content_id"]), str(event["derived_id"])] for event in self.ask("digest", "digest")]
+        events = self.ask("digest", "digest", role=role)
+        return [[str(event["content_id"]), str(event["derived_id"])] for event in events]
 
     def tokens(self) -> list[list[int]]:
         return self.replica.generate(PROMPTS, TOKENS)

@@ -7,6 +7,7 @@ Everything that is not named in ``Faults`` is the real rank: processes, sockets,
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import io
 import json
@@ -15,9 +16,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ import torch
 from torch import nn
 
 from weightwire.auth import Secret
+from weightwire.engines.native import identity
+from weightwire.engines.native import load as loading
 from weightwire.engines.native import rank as native
 from weightwire.engines.native.events import emit, read
 from weightwire.engines.native.hooks import PublishingHooks
@@ -33,21 +37,24 @@ from weightwire.errors import ConfigError, PeerLost, TransferError
 from weightwire.loaders import member
 from weightwire.loaders.live import LiveCheckpointLoader
 from weightwire.manifest.address import AddressSpace
-from weightwire.manifest.catalogue import POISON, catalogue
+from weightwire.manifest.catalogue import POISON, Catalogue, catalogue
 from weightwire.manifest.digest import digest_leaves
 from weightwire.manifest.records import Manifest
 from weightwire.metadata.decision import Group, Verdict, Vote
-from weightwire.runtime import Injected, LoadRequest, Weights, model_loader
+from weightwire.runtime import Final, Injected, LoadRequest, Weights, model_loader, mtp_logits
+from weightwire.runtime.checkpoint import safetensors_loader
 from weightwire.runtime.checkpoint.safetensors_loader import SafetensorsLoader
 from weightwire.runtime.distributed import TpGroup
+from weightwire.runtime.mapping import Mapping as RankMapping
 from weightwire.runtime.materialize import materialize
 from weightwire.source import node, publish, scrub
-from weightwire.target import discover
+from weightwire.target import discover, verification
 from weightwire.target.offer import Choice
+from weightwire.target.receiver import Receiver
 from weightwire.transport.faults import Corrupt, FaultPlan, FaultyTransport
 from weightwire.transport.opening import Opened, open_transports
 from weightwire.transport.tcp import TcpTransport
-from weightwire.types import Json, Span, Stage
+from weightwire.types import Coordinates, Json, Span, Stage
 from weightwire.wire.peer_service import PeerServer
 
 FLIP_EVERY = 256 * 1024
@@ -74,9 +81,18 @@ class Faults:
         unclassified: the model holds a tensor that nobody declared.
         unregistered: no memory can be registered.
         corrupt: what is read arrives changed: bad memory on our side.
+        credulous: what arrives counts as verified, whatever it is; the end of the load does not come.
+        spans: every span that is served is told of, as an event.
         poison: parameters are filled with a pattern before the fill, and looked at when it begins.
+        nan: what is to be received is filled with 0x7F first: no numbers in e4m3 and bfloat16, or huge ones.
         peer_port: of the peer endpoint.
-        blind: the scrub finds nothing: it does not get there in time.
+        blind: there is no scrub, which could find in time what readers are to find.
+        read_s: for each tensor that is read from the disk.
+        rewrite: how the first parameters are changed in the middle of the load, after they were declared final: by
+            ``torch``, or ``raw`` through their addresses.
+        replace: parameters are replaced by others of the same values while they are loaded.
+        flat: keys are made of the tensor-parallel rank alone, as others make them.
+        faithless: the draft is taken from a peer, wherever its target came from.
     """
 
     vote_s: float = 10.0
@@ -94,16 +110,24 @@ class Faults:
     unclassified: bool = False
     unregistered: bool = False
     corrupt: bool = False
+    credulous: bool = False
+    spans: bool = False
     poison: bool = False
+    nan: bool = False
     peer_port: int = 0
     blind: bool = False
+    read_s: float = 0.0
+    rewrite: str = ""
+    replace: bool = False
+    flat: bool = False
+    faithless: bool = False
 
     @classmethod
     def told(cls) -> Faults:
         faults = cls(**json.loads(os.environ.get("RANK_FAULTS", "{}")))
         if faults.rank in (-1, int(os.environ.get("RANK", "0"))):
             return faults
-        mine = {"vote_s", "margin_s", "throttle_s", "weights_id", "poison"}
+        mine = {"vote_s", "margin_s", "throttle_s", "weights_id", "poison", "read_s"}
         return cls(**{field.name: getattr(faults, field.name) for field in fields(cls) if field.name in mine})
 
 
@@ -149,6 +173,21 @@ def decisions(tp: TpGroup) -> Group:
 class Hooks(PublishingHooks):
     """Slow, or careless."""
 
+    def filling(self, model: nn.Module) -> Final | None:
+        final = super().filling(model)
+        if final is None or not (FAULTS.rewrite or FAULTS.replace):
+            return final
+        told, limit = list[str](), len(list(model.named_parameters())) // 2
+
+        def careless(names: Collection[str]) -> None:
+            final(names)
+            told.extend(names)
+            if len(told) - len(names) < limit <= len(told):
+                time.sleep(1.0)  # what is final was read by others, some of it
+                _change(model, told)
+
+        return careless
+
     def loaded(self, model: nn.Module) -> None:
         if FAULTS.unclassified:
             model.scratch = torch.zeros(4)
@@ -169,6 +208,21 @@ class Hooks(PublishingHooks):
         with contextmanager(_nothing)() if FAULTS.unguarded else inner:
             yield
         emit("transformed", module=type(module).__name__, readers=len(self.publication.leases))
+
+
+def _change(model: nn.Module, names: Sequence[str]) -> None:
+    """Change, or replace, what was declared final."""
+    for name in names[: len(names) // 2]:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        tensor = getattr(module, leaf)
+        if FAULTS.replace:
+            setattr(module, leaf, nn.Parameter(tensor.detach().clone(), requires_grad=False))
+        elif FAULTS.rewrite == "torch":
+            tensor.mul_(1)  # the same bytes: who writes once more cannot know that
+        else:
+            ctypes.c_ubyte.from_address(tensor.data_ptr()).value ^= 0x40
+    emit("changed", count=len(names) // 2)
 
 
 def _nothing() -> Iterator[None]:
@@ -198,18 +252,24 @@ class Watched(native.Rank):
             else:
                 handler(command)
 
-    def do_digest(self, _command: Mapping[str, Json]) -> None:
+    def do_digest(self, command: Mapping[str, Json]) -> None:
         """What the model's tensors hold now, computed anew."""
-        described = catalogue(self.model, self.hooks.names)
+        load = self._of(command.get("role"))
+        described = catalogue(load.model, load.hooks.names)
         digests = digest_leaves(described.memory, described.layout.leaves)
         manifest = Manifest(layout=described.layout, digests=digests)
         names: list[Json] = [entry.name for entry in described.layout.entries]
         emit("digest", content_id=manifest.content_id, derived_id=manifest.derived_id, names=names)
 
+    def do_drafts(self, command: Mapping[str, Json]) -> None:
+        """Logits of what layers for multi-token prediction draft first."""
+        prompts: Any = command["prompts"]
+        emit("drafts", logits=mtp_logits(self.target.model, prompts)[0].tolist())
+
     def do_flip(self, command: Mapping[str, Json]) -> None:
         """Flip bits of what is published, behind everybody's back."""
         memory = self._served()
-        layout = self.hooks.publication._holding.manifest.layout  # type: ignore[union-attr]
+        layout = self.target.hooks.publication._holding.manifest.layout  # type: ignore[union-attr]
         flipped = 0
         for index, leaf in enumerate(layout.leaves):
             if (index >= layout.weight_leaves) is (command["what"] == "derived"):
@@ -220,26 +280,28 @@ class Watched(native.Rank):
         gc.collect()
         before = self._anon.now()
         began = time.monotonic()
-        self.hooks.withdraw()
+        self.target.hooks.withdraw()
         seconds = time.monotonic() - began
         gc.collect()
         emit("withdrawn", freed=before - self._anon.now(), seconds=seconds)
 
     def do_reload(self, command: Mapping[str, Json]) -> None:
-        settings = model_loader.LoaderSettings(load_format=self.format)
-        loader = model_loader.ModelLoader(self.tp, settings, self.live, self.hooks)
+        target = self.target
+        settings = model_loader.LoaderSettings(load_format=target.format)
+        loader = model_loader.ModelLoader(self.world, settings, target.live, target.hooks)
         disk, where = SafetensorsLoader(), Path(str(command["model"]))
-        request = LoadRequest(where, loader.mapping, self.model, self.model.config, None)
-        loader.reload(self.model, disk.load_weights(request))
+        request = LoadRequest(where, loader.mapping, target.model, target.model.config, None)
+        loader.reload(target.model, disk.load_weights(request))
         emit("reloaded")
 
     def do_republish(self, _command: Mapping[str, Json]) -> None:
         """Publish again, with a catalogue taken now."""
-        self.hooks.withdraw()
-        self.publication = None
-        self.hooks._group = self.group.at("republish")
-        self.hooks._publish(Stage(self.options.publish_stage), self.model)
-        emit("republished", **vars(self.hooks.report))
+        target = self.target
+        target.hooks.withdraw()
+        target.publication = None
+        target.hooks._group = self.group.at("republish")
+        target.hooks._publish(Stage(self.options.publish_stage), target.model)
+        emit("republished", **vars(target.hooks.report))
 
     def do_memory(self, _command: Mapping[str, Json]) -> None:
         gc.collect()
@@ -250,8 +312,8 @@ class Watched(native.Rank):
         emit("throttled")
 
     def _served(self) -> AddressSpace:
-        assert self.hooks.publication is not None
-        return self.hooks.publication._held_now().memory
+        assert self.target.hooks.publication is not None
+        return self.target.hooks.publication._held_now().memory
 
 
 class AnonMemory:
@@ -280,8 +342,6 @@ def _flip(memory: AddressSpace, span: Span) -> int:
     count = 0
     for offset in range(span.offset, span.end, FLIP_EVERY):
         segment = memory.slices(Span(offset, 1))[0]
-        import ctypes
-
         byte = ctypes.c_ubyte.from_address(segment.address)
         byte.value ^= 0x40
         count += 1
@@ -295,6 +355,8 @@ def _throttle(rank: Watched) -> None:
     inner = serving.admit
 
     def admit(lease: bytes, span: Span, transport: str) -> Any:
+        if FAULTS.spans:
+            emit("span", offset=span.offset, nbytes=span.nbytes, transport=transport)
         if rank.throttle_s:
             emit("serving")
             time.sleep(rank.throttle_s)
@@ -313,9 +375,12 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
         tensor.detach().view(torch.uint8).fill_(POISON)
 
 
+NAN = 0x7F
+_real_poison = Catalogue.poison
 _real_materialize = materialize
 _real_load_weights = LiveCheckpointLoader.load_weights
 _real_open = open_transports
+_real_read = safetensors_loader._FileSource.read
 _real_ask = discover.Discovery._wait_for_choice
 
 
@@ -325,12 +390,21 @@ def _load_weights(loader: LiveCheckpointLoader, request: LoadRequest) -> Injecte
     return _real_load_weights(loader, request)
 
 
+def _read_slowly(source: Any, dim: int, start: int, stop: int) -> torch.Tensor:
+    time.sleep(FAULTS.read_s)
+    return _real_read(source, dim, start, stop)
+
+
 def _open_transports(*arguments: Any) -> Opened:
     opened = _real_open(*arguments)
     if FAULTS.corrupt:
         plan = FaultPlan(rates=[(1.0, Corrupt())])
         opened.transports = {name: FaultyTransport(inner, plan) for name, inner in opened.transports.items()}
     return opened
+
+
+def _flat(mapping: RankMapping) -> Coordinates:
+    return Coordinates(tp_rank=mapping.tp_rank, tp_size=mapping.tp_size)
 
 
 def _no_register(_transport: TcpTransport, _memory: AddressSpace) -> Any:
@@ -356,21 +430,38 @@ def _ask(discovery: discover.Discovery) -> Choice:
 def misbehave() -> None:
     """Put the faults in place."""
     _put(native, "Rank", Watched)
-    _put(native, "PublishingHooks", Hooks)
+    _put(loading, "PublishingHooks", Hooks)
     _put(LiveCheckpointLoader, "load_weights", _load_weights)
     _put(discover, "MARGIN_S", FAULTS.margin_s)
     _put(discover.Discovery, "_wait_for_choice", _ask)
     _put(member, "open_transports", _open_transports)
+    if FAULTS.credulous:
+        _put(verification.Verification, "compare", lambda *_: None)
+    if FAULTS.nan:
+        _put(loading, "Receiver", partial(Receiver, poison=True))
+        _put(Catalogue, "poison", lambda held: _real_poison(held, NAN))
     if FAULTS.poison:
         _put(model_loader, "materialize", _materialize)
     if FAULTS.weights_id:
         _put(publish, "_together", lambda _verdict: FAULTS.weights_id)
     if FAULTS.unregistered:
         _put(TcpTransport, "register", _no_register)
+    if FAULTS.read_s:
+        _put(safetensors_loader._FileSource, "read", _read_slowly)
+    _confuse()
     if FAULTS.blind:
-        _put(scrub.Pace, "rest", lambda *_: 3600.0)
+        _put(scrub.Scrub, "step", lambda _self: 3600.0)
     if FAULTS.peer_port:
         _put(node, "PeerServer", _peer_server)
+
+
+def _confuse() -> None:
+    """What belongs together, and what does not."""
+    if FAULTS.flat:
+        _put(loading, "coordinates", _flat)
+        _put(identity, "coordinates", _flat)
+    if FAULTS.faithless:
+        _put(native.Rank, "_draft_follows", lambda _rank: "")
 
 
 def _put(owner: object, name: str, value: object) -> None:

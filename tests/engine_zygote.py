@@ -9,6 +9,7 @@ process that asked for it lives as long, and ends as it did: with its exit code,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -87,7 +88,8 @@ class Zygote:
                 return
             line = self.ranks.pop(pid, None)
             if line is not None:
-                line.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+                with contextlib.suppress(BrokenPipeError):  # its shadow was killed at the same moment
+                    line.sendall(str(os.waitstatus_to_exitcode(status)).encode())
                 line.close()
 
     def _fork(self) -> tuple[str, dict[str, str]] | None:

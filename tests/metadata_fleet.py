@@ -10,18 +10,17 @@ from wire_samples import rank
 from weightwire.metadata.registry import Registry, Times
 from weightwire.metadata.store.memory import MemoryStore
 from weightwire.wire.messages import (
-    FailureKind,
     FindReplicas,
     FindShard,
     KeepBeat,
     KeepUpdate,
     Lease,
-    PeerFailure,
     PublicationRecord,
     ReplicaListing,
     Withdrawal,
 )
 from weightwire.wire.messages import PublicationState as S
+from weightwire.wire.reports import FailureKind, PeerFailure
 
 TTL = 10.0
 

@@ -145,6 +145,14 @@ def _pause(client: MetadataClient, owners: list[SampleOwner]) -> str:
     return "paused"
 
 
+def _read(client: MetadataClient, owners: list[SampleOwner]) -> str:
+    """News that only beats carry: whoever sees it knows that the stream keeps the lease."""
+    for owner in owners:
+        owner.change(active_reads=1)
+    client.keeper.poke()
+    return "read"
+
+
 def _sicken(_client: MetadataClient, owners: list[SampleOwner]) -> str:
     for owner in owners:
         owner.healthy = False
@@ -158,6 +166,7 @@ def _rechecked(_client: MetadataClient, owners: list[SampleOwner]) -> list[int]:
 _ORDERS: dict[str, Callable[..., Any]] = {
     "withdraw": _withdraw,
     "pause": _pause,
+    "read": _read,
     "sicken": _sicken,
     "rechecked": _rechecked,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,9 +11,10 @@ from torch import nn
 
 from weightwire.runtime import (
     BuildFacts,
+    DecoderForCausalLM,
+    Final,
     Injected,
     KernelLayout,
-    LlamaForCausalLM,
     LoaderSettings,
     LoadFormat,
     LoadRequest,
@@ -27,6 +28,7 @@ from weightwire.runtime import (
     prepare_processed,
     read_config,
 )
+from weightwire.runtime.layers.attention import Attention
 
 CPU = torch.device("cpu")
 SINGLE = TpGroup.single()
@@ -49,11 +51,23 @@ class Recorder:
         self.events: list[str] = []
         self.places: Names = {}
         self.raw: dict[str, torch.Tensor] = {}
+        self.final: dict[str, torch.Tensor] = {}
 
     def constructed(self, model: nn.Module) -> None:
         assert all(tensor.is_meta for tensor in model.parameters())
         self.places = parameter_places(model)
         self.events.append("constructed")
+
+    def filling(self, model: nn.Module) -> Final | None:
+        assert self.places.keys() == parameter_places(model).keys()
+
+        def final(names: Collection[str]) -> None:
+            for name in names:
+                assert name not in self.final
+                module, leaf = self.places[name]
+                self.final[name] = getattr(module, leaf).detach().clone()
+
+        return final
 
     def loaded(self, model: nn.Module) -> None:
         if "post_loaded" not in self.events:  # aliases are wired by the steps that follow, not before
@@ -68,11 +82,11 @@ class Recorder:
         self.events.append("after")
 
     def post_loaded(self, model: nn.Module) -> None:
-        assert isinstance(model, LlamaForCausalLM)
+        assert isinstance(model, DecoderForCausalLM)
         self.events.append("post_loaded")
 
     def reloading(self, model: nn.Module) -> None:
-        assert isinstance(model, LlamaForCausalLM)
+        assert isinstance(model, DecoderForCausalLM)
         self.events.append("reloading")
 
     def snapshot(self) -> dict[str, torch.Tensor]:
@@ -85,6 +99,12 @@ class Poisoning(SafetensorsLoader):
     def load_weights(self, request: LoadRequest) -> Weights:
         poison(request.model)
         return super().load_weights(request)
+
+
+def attention_of(model: DecoderForCausalLM, layer: int) -> Attention:
+    attention = model.model.decoder_layers[layer].self_attn
+    assert isinstance(attention, Attention)
+    return attention
 
 
 def poison(model: nn.Module) -> None:
@@ -125,6 +145,6 @@ def settings(layout: KernelLayout = KernelLayout.PLAIN, load_format: LoadFormat 
     return LoaderSettings(load_format, torch.float32, layout)
 
 
-def part_of(directory: Path, size: int, rank: int, layout: KernelLayout = KernelLayout.PLAIN) -> LlamaForCausalLM:
+def part_of(directory: Path, size: int, rank: int, layout: KernelLayout = KernelLayout.PLAIN) -> DecoderForCausalLM:
     group = TpGroup.offline(TpCoordinates(size=size, rank=rank))
     return ModelLoader(group, settings(layout), Poisoning()).load(directory).model

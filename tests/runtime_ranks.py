@@ -52,6 +52,10 @@ def _small(group: Any, workdir: Path) -> dict[str, Any]:
                 model = loader.load(workdir / case).model
                 tokens = generate(model, PROMPTS, max_new_tokens=NEW_TOKENS)
                 results[f"{case}/{layout.value}/{dtype}"] = (prompt_logits(model, PROMPTS), tokens)
+        staged = LoaderSettings(dtype=torch.float32, pp_size=2)
+        model = ModelLoader(group, staged, SafetensorsLoader()).load(workdir / case).model
+        tokens = generate(model, PROMPTS, max_new_tokens=NEW_TOKENS)
+        results[f"{case}/staged"] = (prompt_logits(model, PROMPTS), tokens)
     again = ModelLoader(group, LoaderSettings(), SafetensorsLoader()).load(workdir / "gqa_llama3").model
     results["again"] = (prompt_logits(again, PROMPTS), generate(again, PROMPTS, max_new_tokens=NEW_TOKENS))
     return results
@@ -66,6 +70,54 @@ def _smollm2(group: Any, workdir: Path) -> dict[str, Any]:
     return {"tokens": generate(model, job["prompts"], max_new_tokens=job["max_new_tokens"])}
 
 
+def _layouts(size: int, *, experts: bool) -> dict[str, dict[str, Any]]:
+    """Every way in which so many ranks can share a model of three layers, as fields of ``LoaderSettings``."""
+    found: dict[str, dict[str, Any]] = {"tp": {}, "pp": {"pp_size": 2}}
+    if experts:
+        found |= {f"ep{ep}": {"ep_size": ep} for ep in (2, 4) if size % ep == 0}
+        found["adp+ep2"] = {"ep_size": 2, "attention_dp": True}
+        found |= {"ep2+pp": {"ep_size": 2, "pp_size": 2}} if size > 2 else {"adp": {"attention_dp": True}}
+    return found
+
+
+def _families(group: Any, workdir: Path) -> dict[str, Any]:
+    """Every family, shared in every way."""
+    from runtime_families import FAMILIES, FEW_TOKENS, NEW_TOKENS, PROMPTS
+
+    from weightwire.runtime import LoaderSettings, ModelLoader, SafetensorsLoader, generate, prompt_logits, read_config
+
+    results: dict[str, Any] = {}
+    for family in FAMILIES:
+        directory = workdir / "families" / family
+        for layout, fields in _layouts(group.size, experts=read_config(directory).moe is not None).items():
+            settings = LoaderSettings(dtype=torch.float32, **fields)
+            model = ModelLoader(group, settings, SafetensorsLoader()).load(directory).model
+            count = NEW_TOKENS if layout == "tp" else FEW_TOKENS
+            # batches that ranks cannot share evenly, and one that is smaller than they are many
+            batches = [PROMPTS[:3], PROMPTS[3:]] if "adp" in layout else [PROMPTS]
+            tokens = [row for batch in batches for row in generate(model, batch, max_new_tokens=count)]
+            results[f"{family}/{layout}"] = (prompt_logits(model, PROMPTS), tokens)
+    return results
+
+
+def _quantized(group: Any, workdir: Path) -> dict[str, Any]:
+    """Families with quantized experts, without rounding activations, so that cuts alone decide what is computed."""
+    from runtime_families import NEW_TOKENS, PROMPTS
+    from runtime_quantized import FAMILY_FORMS, leave_activations
+
+    from weightwire.runtime import LoaderSettings, ModelLoader, SafetensorsLoader, generate, prompt_logits
+
+    results: dict[str, Any] = {}
+    for name in [f"{family}-{form}" for family, forms in FAMILY_FORMS.items() for form in forms]:
+        for ep_size in (group.size // 2, group.size):
+            settings = LoaderSettings(dtype=torch.float32, ep_size=ep_size)
+            model = ModelLoader(group, settings, SafetensorsLoader()).load(workdir / name).model
+            leave_activations(model)
+            tokens = generate(model, PROMPTS, max_new_tokens=NEW_TOKENS)
+            results[f"{name}/ep{ep_size}"] = (prompt_logits(model, PROMPTS), tokens)
+    return results
+
+
 def main() -> None:
     from weightwire.runtime import TpGroup, discover_rank
 
@@ -73,7 +125,8 @@ def main() -> None:
     workdir = Path(sys.argv[2])
     env = discover_rank(os.environ)
     with TpGroup.connect(env, timeout_s=60) as group:
-        results = {"small": _small, "smollm2": _smollm2}[sys.argv[1]](group, workdir)
+        tasks = {"small": _small, "smollm2": _smollm2, "families": _families, "quantized": _quantized}
+        results = tasks[sys.argv[1]](group, workdir)
         torch.save(results, workdir / f"rank{group.rank}.pt")
         # nobody leaves while another one still gathers
         group.all_gather(torch.zeros(1))

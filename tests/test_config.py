@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from weightwire.config import VARIABLES, OnMiss, ReplicaRole, Settings
+from weightwire.config import SETTINGS, VARIABLES, OnMiss, ReplicaRole, Settings
 from weightwire.errors import ConfigError
 from weightwire.types import Stage
 
@@ -179,11 +180,57 @@ def test_untrusted_readers_rule_nixl_out_by_name() -> None:
 
 def test_the_table_is_small_complete_and_documented() -> None:
     assert len(VARIABLES) <= 15
-    assert set(VARIABLES) == {field.name for field in dataclasses.fields(Settings)}
+    assert set(SETTINGS) == {field.name for field in dataclasses.fields(Settings)}
+    assert set(SETTINGS) - set(VARIABLES) == {"max_rate", "max_readers", "tcp_streams", "tcp_read_bytes"}
     for field, variable in VARIABLES.items():
         assert variable.name == f"WEIGHTWIRE_{field.upper()}"
         assert variable.doc.endswith(".")
         assert "\n" not in variable.doc
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("0", 0.0),
+        ("200MB/s", 2e8),
+        ("1.5GB", 1.5e9),
+        ("1.5 gb/s", 1.5e9),
+        ("2e8", 2e8),
+        ("64MiB", 64 * 2.0**20),
+        ("10Gbit/s", 1.25e9),
+        ("800kbit", 1e5),
+    ],
+)
+def test_a_rate_is_bytes_a_second(text: str, rate: float) -> None:
+    assert Settings.from_env({}, max_rate=text).max_rate == rate
+
+
+@pytest.mark.parametrize("text", ["", "fast", "-1", "1", "99kB", "nan", "inf", "1e99", "MB/s", "10 per s", "2PB"])
+def test_what_is_no_rate_is_an_error(text: str) -> None:
+    with pytest.raises(ConfigError, match="max_rate cannot be"):
+        Settings.from_env({}, max_rate=text)
+
+
+def test_bits_and_bytes_are_not_mistaken_for_each_other() -> None:
+    with pytest.raises(ConfigError, match="Gb may be bits or bytes: write GB or Gbit"):
+        Settings.from_env({}, max_rate="10Gb/s")
+
+
+@pytest.mark.parametrize("given", [{"max_rate": -1.0}, {"max_rate": 5.0}, {"max_readers": -1}, {"max_readers": 9999}])
+def test_caps_out_of_bounds_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="cannot be"):
+        Settings(**given)
+
+
+@pytest.mark.parametrize("text", ["many", "-1", "1.5", "1025", ""])
+def test_what_is_no_number_of_readers_is_an_error(text: str) -> None:
+    assert Settings.from_env({}, max_readers="8").max_readers == 8
+    with pytest.raises(ConfigError, match="max_readers cannot be"):
+        Settings.from_env({}, max_readers=text)
+
+
+def test_a_cap_has_no_variable_that_others_could_inherit() -> None:
+    assert Settings.from_env({"WEIGHTWIRE_SERVICE_HOST": "10.0.0.1"}).max_rate == 0
 
 
 def test_settings_are_frozen() -> None:

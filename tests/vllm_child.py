@@ -1,4 +1,4 @@
-"""What a vLLM process of the tests does: an offline engine that obeys lines of JSON, or vLLM's own API server.
+"""What a vLLM process of the tests does: an offline engine that obeys lines of JSON, or one of vLLM's own commands.
 
     python vllm_child.py OPTIONS-JSON
 
@@ -12,6 +12,7 @@ import os
 import runpy
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -22,6 +23,12 @@ def main(options: dict[str, Any]) -> None:
     if options["kind"] == "api":
         sys.argv = ["api_server", *options["arguments"]]
         runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
+        return
+    if options["kind"] == "serve":
+        from vllm.entrypoints.cli.main import main as vllm_command
+
+        sys.argv = ["vllm", "serve", *options["arguments"]]
+        vllm_command()
         return
     Offline(events, options["engine"]).obey()
 
@@ -54,8 +61,33 @@ class Offline:
         texts = [answer.outputs[0].text for answer in answers]
         self._emit("generated", tokens=[list(answer.outputs[0].token_ids) for answer in answers], texts=texts)
 
+    def do_reload(self, command: dict[str, Any]) -> None:
+        """As a trainer does: its tensors go straight to the worker."""
+        from safetensors.torch import load_file
+
+        weights = load_file(Path(command["model"]) / "model.safetensors")
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights.items()})
+        self._emit("reloaded")
+
+    def do_withdraw(self, _command: dict[str, Any]) -> None:
+        """End what the worker in this process publishes: bytes that are resident before and after, and still held."""
+        from weightwire.engines.vllm.serving import process_serving
+        from weightwire.types import Role
+
+        serving = process_serving()
+        publication = serving.publication(Role.TARGET)
+        before = resident()
+        serving.withdraw(Role.TARGET)
+        self._emit("withdrawn", before=before, after=resident(), held=publication.held.nbytes if publication else -1)
+
     def _emit(self, event: str, **fields: Any) -> None:
         self._events.write(json.dumps({"event": event, **fields}) + "\n")
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory and its own."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024
 
 
 if __name__ == "__main__":

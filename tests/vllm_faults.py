@@ -29,10 +29,10 @@ class Faults:
 
     Attributes:
         rank: the tensor-parallel rank that it goes wrong on; -1 for all.
-        steps: some of ``find``, ``construct``, ``fill`` and ``publish``.
+        steps: some of ``find``, ``construct``, ``fill`` and ``publish``; ``swap`` in a refresh.
         kind: what happens when such a step begins: ``fail`` (as its own causes do), ``crash`` (an error that
-            nobody foresaw), ``die``, ``freeze`` or ``late``.
-        failures: after so many a step that was to ``fail`` works; 0 for never.
+            nobody foresaw), ``die``, ``freeze`` (the thread), ``stop`` (the process) or ``late``.
+        failures: after so many a step works; 0 for never.
         late_s: how late.
         margin_s: how much longer than the leader the other ranks wait for its choice.
         read_s: how much longer each read from a peer takes.
@@ -128,33 +128,41 @@ def _bad_reads(faults: Faults) -> None:
 
 
 def _at_step(faults: Faults, step: str) -> None:
+    from weightwire.engines.vllm import reload
     from weightwire.engines.vllm.load import Load
     from weightwire.engines.vllm.loader import PreshardedLoader
     from weightwire.errors import CatalogueError, PeerLost
     from weightwire.target import discover
     from weightwire.target.receiver import Receiver
+    from weightwire.target.session import PeerSession
 
     lost, indescribable = PeerLost("made to fail", "a test did it"), CatalogueError("made to fail", "a test did it")
     places: dict[str, tuple[Any, str, tuple[Any, str, Exception]]] = {
         "find": (Receiver, "find", (discover, "fetch_manifest", lost)),
         "construct": (PreshardedLoader, "create_model", (PreshardedLoader, "create_model", MemoryError("made to"))),
-        "fill": (Receiver, "fill", (sys.modules[Receiver.__module__], "PeerSession", lost)),
+        "fill": (Receiver, "fill", (PeerSession, "__init__", lost)),
         "publish": (Load, "publish_raw", (Load, "describe", indescribable)),
+        "swap": (reload, "swap", (reload, "swap", MemoryError("made to"))),
     }
     owner, name, (cause, method, error) = places[step]
     if faults.kind == "fail":
         _put(cause, method, lambda real: _failing(real, error, faults.failures, step))
     else:
-        _put(owner, name, lambda real: _after(real, lambda: _go_wrong(faults, step)))
+        calls = itertools.count(1)
+        _put(owner, name, lambda real: _after(real, lambda: _go_wrong(faults, step, next(calls))))
 
 
-def _go_wrong(faults: Faults, step: str) -> None:
+def _go_wrong(faults: Faults, step: str, call: int) -> None:
+    if 0 < faults.failures < call:
+        return
     _say(f"fault: {faults.kind} at {step}")
     match faults.kind:
         case "crash":
             raise RuntimeError("made to crash")
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
         case "freeze":
             time.sleep(FOREVER)
         case "late":

@@ -85,6 +85,18 @@ def undeclared() -> None:
     _on_construction(add)
 
 
+def references() -> None:
+    """Construction keeps a list of references to what the model consists of; the embedding is looked up through it."""
+    from torch.nn.functional import embedding
+
+    def keep(model: Any) -> None:
+        table = model.model.embed_tokens
+        table.kept = [table.weight.detach()]
+        object.__setattr__(table, "forward", lambda ids: embedding(ids, table.kept[0]))
+
+    _on_construction(keep)
+
+
 def in_place() -> None:
     """Processing enlarges every INT8 weight's scale where it is."""
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
@@ -133,4 +145,6 @@ def watch() -> None:
     _around(Receiver, "fill", fill)
 
 
-PLANTS = {plant.__name__: plant for plant in (optional, optional_dropped, number, undeclared, in_place, watch)}
+PLANTS = {
+    plant.__name__: plant for plant in (optional, optional_dropped, number, undeclared, references, in_place, watch)
+}

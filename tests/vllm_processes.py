@@ -120,6 +120,12 @@ class Process:
         """Lines of the log that hold ``part``."""
         return [line for line in self.log().splitlines() if part in line]
 
+    def resident(self) -> int:
+        """Bytes of the process that was started that are in memory and its own."""
+        status = Path(f"/proc/{self.child.pid}/status").read_text()
+        match = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
+        return int(match[1]) * 1024 if match else 0
+
     def root_causes(self) -> list[str]:
         """Lines in which weightwire says what was fatal, and what to do; vLLM's own tracebacks do not count."""
         return [match[0] for line in self.lines("ERROR") if (match := ROOT_CAUSE.search(line))]
@@ -189,6 +195,16 @@ class Offline(Process):
         made: Tokens = self.event("generated", START_S)["tokens"]
         assert len({tuple(one) for one in made}) == len(prompts), "answers that do not depend on the prompt say nothing"
         return made
+
+    def reload(self, model: Path) -> None:
+        """Other weights in place, by an iterator, of which nobody is told."""
+        self._tell(do="reload", model=str(model))
+        self.event("reloaded", END_S)
+
+    def withdraw(self) -> dict[str, int]:
+        """End what its worker publishes: see ``vllm_child``."""
+        self._tell(do="withdraw")
+        return self.event("withdrawn", END_S)
 
     def stop(self, timeout: float = END_S) -> int:
         """Leave as a script does at its end: the exit code."""
@@ -289,12 +305,12 @@ def zygote(state: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def metadata_server(state: Path, *options: str, port: int = 0) -> Iterator[str]:
-    """A running ``weightwire serve``: its address. Its secret is in ``state``."""
+def metadata_server(state: Path, *options: str, port: int = 0, where: Sequence[str] = ()) -> Iterator[str]:
+    """A running ``weightwire serve``: its address. Its secret is in ``state``; ``where`` goes before its command."""
     if not (state / "secret").exists():
         (state / "secret").touch(mode=0o600)
         (state / "secret").write_text(secrets.token_hex(32))
-    command = [sys.executable, "-m", "weightwire.cli", "serve", "--json", "--port", str(port), *options]
+    command = [*where, sys.executable, "-m", "weightwire.cli", "serve", "--json", "--port", str(port), *options]
     env = environment({"WEIGHTWIRE_SECRET_FILE": str(state / "secret"), "COLUMNS": "200"})
     with (
         (state / "serve.log").open("wb") as log,

@@ -32,8 +32,9 @@ from vllm_processes import (
 from weightwire.auth import load_secret
 from weightwire.manifest.records import Manifest
 from weightwire.metadata.client import MetadataClient
-from weightwire.wire.messages import PublicationState, SourceView
+from weightwire.wire.messages import PublicationState
 from weightwire.wire.peer_client import PeerClient
+from weightwire.wire.reports import SourceView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +86,11 @@ class Fleet:
         return made
 
     def api(self, model: Path, name: str, *, tp: int = 1, **options: Any) -> Api:
-        """``python -m vllm.entrypoints.openai.api_server``."""
+        """``python -m vllm.entrypoints.openai.api_server``; with ``command``, the ``vllm`` command of that name."""
         port = free_port()
+        kind = options.pop("command", "api")
         given: dict[str, Any] = {
-            "--model": model,
+            **({"--model": model} if kind == "api" else {str(model): None}),
             "--served-model-name": "m",
             "--host": "127.0.0.1",
             "--port": port,
@@ -103,7 +105,7 @@ class Fleet:
         where = self._log(name)
         with Path(os.devnull).open("rb") as nothing, where.open("ab") as log:
             child = self._start(
-                {"kind": "api", "arguments": arguments},
+                {"kind": kind, "arguments": arguments},
                 options.pop("env", {}),
                 where,
                 (nothing.fileno(), log.fileno()),
@@ -197,8 +199,9 @@ class Fleet:
     ) -> Forked | subprocess.Popen[bytes]:
         """Forked from the zygote, or a ``fresh`` interpreter; with ``faults`` (see ``vllm_faults``)."""
         full = environment({"WEIGHTWIRE_SECRET_FILE": str(self.place.state / "secret"), **env})
-        if faults:
+        if faults or what["kind"] == "serve":
             full["PYTHONPATH"] += f"{os.pathsep}{self.place.site}"
+        if faults:
             full["VLLM_TEST_FAULTS"] = json.dumps(dict(faults))
         with where.open("ab") as log:
             if not fresh:
@@ -207,6 +210,10 @@ class Fleet:
             return subprocess.Popen(
                 command, env=full, stdin=streams[0], stdout=streams[1], stderr=log, start_new_session=True
             )
+
+
+RUNNING = 3
+"""Shared sources at a time."""
 
 
 @dataclass(frozen=True)
@@ -226,21 +233,33 @@ class Known:
 
 @dataclass
 class Shared:
-    """Sources that many cases read from: started on first use, left alone, ended with the session."""
+    """Sources that many cases read from: started on first use, left alone, ended with the session.
+
+    The ones used last are running, no more than ``RUNNING``: an idle vLLM takes a tenth of a core.
+    """
 
     fleet: Fleet
     checkpoints: Checkpoints
     _known: dict[str, Known] = field(default_factory=dict)
+    _running: list[str] = field(default_factory=list)
 
     def source(self, kind: str, *, tp: int = 1, processed: bool = False) -> Known:
         """READY, from the disk; ``processed`` publishes that stage alone, where linear weights stay tensors."""
-        name = f"shared/{kind}-{tp}{'-processed' * processed}"
-        if name not in self._known:
+        name = _shared(kind, tp, processed=processed)
+        if name not in self._running:
+            while len(self._running) >= RUNNING:
+                idle = self._known[self._running.pop(0)].replica
+                idle.stop()  # withdrawn, and not only lost
+                self.fleet.kill(idle)
             extra: dict[str, Any] = {"role": "source"} | ({"stages": ["PROCESSED"]} if processed else {})
             faults = {"plain_linear": True} if processed else None
             source = self.fleet.offline(self.checkpoints.full(kind), name, tp=tp, extra=extra, faults=faults).ready()
             self.fleet.until(name, 1, PUBLISH_S, source)
-            self._known[name] = Known(name, source, source.tokens())
+            known = self._known.get(name)
+            self._known[name] = Known(name, source, known.tokens if known else source.tokens())
+        else:
+            self._running.remove(name)
+        self._running.append(name)
         return self._known[name]
 
     def name(self, kind: str, tp: int = 1) -> str:
@@ -248,14 +267,28 @@ class Shared:
         return self.source(kind, tp=tp).name
 
     def tokens(self, kind: str, tp: int = 1) -> Tokens:
-        """That source's answers."""
-        return self.source(kind, tp=tp).tokens
+        """That source's answers, also once it has ended."""
+        known = self._known.get(_shared(kind, tp))
+        return known.tokens if known else self.source(kind, tp=tp).tokens
+
+
+def _shared(kind: str, tp: int, *, processed: bool = False) -> str:
+    return f"shared/{kind}-{tp}{'-processed' * processed}"
 
 
 def write_site(root: Path) -> Path:
-    """A directory to put on the path, which makes ``vllm_faults`` a plugin of vLLM."""
+    """A directory to put on the path, which makes ``vllm_faults`` a plugin of vLLM.
+
+    Its ``vllm`` command asks for a distribution called ``vllm``, which the CPU build is not.
+    """
+    import vllm
+
+    version = vllm.__version__.partition("+")[0]
+    named = root / f"vllm-{version}.dist-info"
+    named.mkdir(parents=True)
+    (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
     info = root / "vllm_faults-0.dist-info"
-    info.mkdir(parents=True)
+    info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-faults\nVersion: 0\n")
     (info / "entry_points.txt").write_text("[vllm.general_plugins]\nfaults = vllm_faults:register\n")
     return root

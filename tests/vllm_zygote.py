@@ -87,6 +87,10 @@ def serve(path: str) -> None:
     sys.path[:0] = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place not in sys.path]
     fork_workers()
     import vllm_child
+    import vllm_hosts
+
+    if vllm_hosts.VARIABLE in os.environ:
+        vllm_hosts.enter(os.environ[vllm_hosts.VARIABLE])
 
     vllm_child.main(json.loads(options))
 

@@ -12,6 +12,7 @@ from weightwire.auth import Secret
 from weightwire.errors import GenerationMoved
 from weightwire.manifest.leaves import canonical_order, count_leaves
 from weightwire.manifest.records import DIGEST_BYTES, Entry, Layout, Manifest, View
+from weightwire.manifest.sharding import Cut, opaque, stacked
 from weightwire.types import Coordinates, Role, Stage, State, TensorClass
 from weightwire.wire.messages import (
     LeafRange,
@@ -88,7 +89,9 @@ def manifest(entries: int = 5, state: State | None = None) -> Manifest:
         for n in range(entries)
     ]
     view = View(name="layers.view", dtype="float32", shape=(3,), stride=(1,), offset=12)
-    made[0] = dataclasses.replace(made[0], aliases=("tied.weight",), views=(view,))
+    rows = stacked([Cut((7, 3), 0, 6, 7, part="rows")], length=2)
+    made[0] = dataclasses.replace(made[0], aliases=("tied.weight",), views=(view,), sharding=rows)
+    made[1:2] = [dataclasses.replace(one, sharding=opaque("swizzled")) for one in made[1:2]]
     made.append(Entry(name="rope.cache", dtype="float16", shape=(4,), order=(0,), kind=TensorClass.DERIVED, nbytes=8))
     made.append(Entry(name="empty", dtype="bfloat16", shape=(0, 4), order=(0, 1), kind=weight, nbytes=0))
     layout = Layout(entries=canonical_order(made), state=STATE if state is None else state, absent=("bias.a", "bias.b"))

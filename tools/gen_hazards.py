@@ -1,4 +1,4 @@
-"""Fill the last column of docs/hazards.md with the tests of each hazard (``test_hNN_…``).
+"""Fill the last column of docs/hazards.md with the tests of each hazard (``test_hNN_…``, or ``test_hNN_hMM_…``).
 
     python tools/gen_hazards.py            write it
     python tools/gen_hazards.py --check    fail if it is out of date, or a row has neither a test nor a reason
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "hazards.md"
 ROW = re.compile(r"\| (H\d\d) \| (.*) \| (.*) \| (.*) \|")
-TEST = re.compile(r"def test_(h\d\d)_(\w+)\(")
+TEST = re.compile(r"def test_((?:h\d\d_)+)\w+\(")
 SHOWN = 4
 
 
@@ -24,9 +24,9 @@ def tests() -> dict[str, list[str]]:
     """Hazard -> where its tests are, in a stable order."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in sorted((ROOT / "tests").rglob("*.py")):
-        names = TEST.findall(path.read_text())
-        for hazard in sorted({hazard for hazard, _ in names}):
-            count = sum(each == hazard for each, _ in names)
+        names = [hazard for prefix in TEST.findall(path.read_text()) for hazard in prefix.rstrip("_").split("_")]
+        for hazard in sorted(set(names)):
+            count = names.count(hazard)
             where = path.relative_to(ROOT / "tests").as_posix()
             found[hazard.upper()].append(f"`{where}`" + (f" ({count})" if count > 1 else ""))
     return found

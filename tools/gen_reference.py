@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from weightwire.cli.main import app
-from weightwire.config import VARIABLES, Settings
+from weightwire.config import SETTINGS, VARIABLES, Settings
 from weightwire.observability.metrics import SPECS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
@@ -44,6 +44,19 @@ def _variables() -> Iterator[str]:
     for field, variable in VARIABLES.items():
         yield f"| `{variable.name}` | {variable.legal} | {_value(getattr(defaults, field))} | {variable.doc} |"
     yield ""
+    yield "## Settings without a variable\n"
+    yield (
+        "What one source may give away belongs to that source; every process below it would inherit a variable. Give "
+        "them as options of `weightwire run`, as arguments of `Settings.from_env(…)`, or in vLLM's extra config. How "
+        "tcp uses a link is measured by `weightwire bench tune`, which writes it to `tuning.json` beside the user's "
+        "own secret.\n"
+    )
+    yield "| setting | legal | default | what it sets |"
+    yield "|---|---|---|---|"
+    for field, row in SETTINGS.items():
+        if not row.name:
+            yield f"| `{field}` | {row.legal} | {_value(getattr(defaults, field))} | {row.doc} |"
+    yield ""
 
 
 def _value(value: Any) -> str:
@@ -59,7 +72,7 @@ def _value(value: Any) -> str:
 def _commands() -> Iterator[str]:
     yield "## Command line\n"
     group: Any = typer.main.get_command(app)
-    for name, command in sorted(group.commands.items()):
+    for name, command in sorted(_leaves(group)):
         yield f"### `weightwire {name}`\n"
         yield inspect.cleandoc(command.help or "").split("\f")[0].strip() + "\n"
         yield "| | default | |"
@@ -67,6 +80,15 @@ def _commands() -> Iterator[str]:
         for parameter in command.params:
             yield f"| {_spelling(parameter)} | {_default(parameter)} | {(parameter.help or '').strip()} |"
         yield ""
+
+
+def _leaves(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Commands by their full names, those of groups too."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _leaves(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
 
 
 def _spelling(parameter: Any) -> str:

@@ -5,6 +5,9 @@
 
     report = weightwire.receive(module, identity, url="host:port")
 
+    with weightwire.relay(module, identity, url="host:port"):
+        ...what was received is served, too, from its first bytes on...
+
 Importing this package imports nothing heavy: names are loaded when they are first used.
 """
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     from weightwire.config import Settings
     from weightwire.errors import FenceTimeout, WeightwireError
     from weightwire.identity.identity import Identity, module_identity
-    from weightwire.loaders.module import Published, publish, ranks, receive
+    from weightwire.loaders.module import Published, publish, ranks, receive, relay
     from weightwire.manifest.construction import capture
     from weightwire.target.report import LoadReport
     from weightwire.types import Coordinates, Role, Stage
@@ -39,6 +42,7 @@ _HOMES = {
     "publish": "weightwire.loaders.module",
     "ranks": "weightwire.loaders.module",
     "receive": "weightwire.loaders.module",
+    "relay": "weightwire.loaders.module",
 }
 
 __all__ = [
@@ -56,6 +60,7 @@ __all__ = [
     "publish",
     "ranks",
     "receive",
+    "relay",
 ]
 
 

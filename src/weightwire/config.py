@@ -3,6 +3,10 @@
 The table *is* the :class:`Settings` dataclass: every field names its variable, its parser, its default and one line of
 documentation; ``VARIABLES`` and ``docs/reference.md`` are made from it. Values are parsed strictly: ``"0"`` is false,
 ``"maybe"`` is an error, and so is a misspelt name. No other module reads a ``WEIGHTWIRE_*`` variable.
+
+Some settings have no variable. What one source may give away (``max_rate``, ``max_readers``) belongs to that source: a
+variable is inherited by every process beside and below it, and each would take the whole cap for its own. How ``tcp``
+uses a link (``tcp_streams``, ``tcp_read_bytes``) is a measurement's result and comes from its file (``tuning``).
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from weightwire.errors import ConfigError
+from weightwire.tuning import load, tuning_path
 from weightwire.types import Stage
 
 PREFIX = "WEIGHTWIRE_"
@@ -28,6 +33,17 @@ MAX_SECONDS = 7 * 24 * 3600.0
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kbit": 125, "mbit": 125_000, "gbit": 125_000_000
+}  # fmt: skip
+_RATE = re.compile(r"(?P<number>[0-9]+(\.[0-9]*)?(e[0-9]{1,2})?)\s*(?P<unit>[A-Za-z]*)(/s)?")
+MIN_RATE = 1e5
+MAX_RATE = 1e15
+"""Ends of a bandwidth cap, bytes a second: below the lower one nobody could load anything."""
+MAX_READERS = 1024
+MAX_STREAMS = 16
+MIN_READ_BYTES, MAX_READ_BYTES = 1 << 20, 64 << 20
+
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})")
 _NEAR = 0.75
 """How alike (difflib) an unknown name must be to a known one to be taken for a slip of the pen."""
@@ -62,7 +78,7 @@ class Variable:
     """One row of the table.
 
     Attributes:
-        name: of the environment variable.
+        name: of the environment variable; empty for a setting that only arguments give.
         parse: text to value; raises ``_Illegal``.
         legal: what ``parse`` takes, for messages and documentation.
         doc: one line.
@@ -145,6 +161,28 @@ def _seconds(*, zero: bool) -> Callable[[str], float]:
     return parse
 
 
+def _rate(text: str) -> float:
+    match = _RATE.fullmatch(text)
+    unit = match["unit"] if match else ""
+    if match is None or (unit and unit.lower() not in _UNITS):
+        raise _Illegal
+    if re.fullmatch("[kMGT]?b", unit):
+        raise _Illegal(f"{unit} may be bits or bytes: write {unit[:-1]}B or {unit[:-1]}bit")
+    value = float(match["number"]) * _UNITS[unit.lower() or "b"]
+    if value and not MIN_RATE <= value <= MAX_RATE:
+        raise _Illegal
+    return value
+
+
+def _whole(most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) > most:
+            raise _Illegal
+        return int(text)
+
+    return parse
+
+
 def _host_port(text: str) -> str:
     match = _HOST_PORT.fullmatch(text)
     if match is None or not 1 <= int(match["port"]) <= 65535:
@@ -162,6 +200,10 @@ def _path(text: str) -> Path:
     if "/" not in text or "\0" in text:
         raise _Illegal
     return Path(text).expanduser()
+
+
+def _argument(parse: Callable[[str], Any], *, legal: str, doc: str) -> dict[str, Variable]:
+    return {_ROW: Variable(name="", parse=parse, legal=legal, doc=doc)}
 
 
 def _env(name: str, parse: Callable[[str], Any], *, legal: str, doc: str, show: bool = True) -> dict[str, Variable]:
@@ -317,8 +359,50 @@ class Settings:
             doc="Least severe log line that is written.",
         ),
     )
+    max_rate: float = field(
+        default=0.0,
+        metadata=_argument(
+            _rate,
+            legal="bytes a second, such as 200MB/s, 1.5GB or 10Gbit; at least 100kB; 0 for no bound",
+            doc="Bandwidth cap of each source process: what all its readers together are served.",
+        ),
+    )
+    max_readers: int = field(
+        default=0,
+        metadata=_argument(
+            _whole(MAX_READERS),
+            legal=f"a number up to {MAX_READERS}; 0 for no bound",
+            doc="How many processes may read from one source process at a time; others wait or read elsewhere.",
+        ),
+    )
+
+    tcp_streams: int = field(
+        default=0,
+        metadata=_argument(
+            _whole(MAX_STREAMS),
+            legal=f"a number up to {MAX_STREAMS}; 0 for what suits most links",
+            doc="Connections to one source over tcp; `weightwire bench tune` finds and sets it.",
+        ),
+    )
+    tcp_read_bytes: int = field(
+        default=0,
+        metadata=_argument(
+            _whole(MAX_READ_BYTES),
+            legal=f"bytes, {MIN_READ_BYTES} to {MAX_READ_BYTES}; 0 for what suits most links",
+            doc="What one read over tcp asks for; `weightwire bench tune` finds and sets it.",
+        ),
+    )
 
     def __post_init__(self) -> None:
+        if not 0 <= self.tcp_streams <= MAX_STREAMS:
+            raise ConfigError(f"tcp_streams cannot be {self.tcp_streams}", f"legal: {SETTINGS['tcp_streams'].legal}")
+        if self.tcp_read_bytes and not MIN_READ_BYTES <= self.tcp_read_bytes <= MAX_READ_BYTES:
+            legal = SETTINGS["tcp_read_bytes"].legal
+            raise ConfigError(f"tcp_read_bytes cannot be {self.tcp_read_bytes}", f"legal: {legal}")
+        if self.max_rate and not MIN_RATE <= self.max_rate <= MAX_RATE:
+            raise ConfigError(f"max_rate cannot be {self.max_rate}", f"legal: {SETTINGS['max_rate'].legal}")
+        if not 0 <= self.max_readers <= MAX_READERS:
+            raise ConfigError(f"max_readers cannot be {self.max_readers}", f"legal: {SETTINGS['max_readers'].legal}")
         if not self.transports:
             raise ConfigError("no transport is named", f"name some of: {', '.join(TRANSPORT_NAMES)}")
         if self.require_rdma and self.untrusted_readers:
@@ -342,18 +426,20 @@ class Settings:
                 anything else is taken as it is. The variable of an overridden field is not looked at.
 
         Raises:
-            ConfigError: an illegal value, a misspelt variable name, or settings that contradict each other.
+            ConfigError: an illegal value, a misspelt variable name, settings that contradict each other, or a file of
+                ``weightwire bench tune`` that is not what it writes.
             TypeError: an override that is no field (a programmer's error).
         """
         source = os.environ if environ is None else environ
         _refuse_misspelt(source)
         given = {name: value for name, value in overrides.items() if value is not None}
-        values: dict[str, Any] = {}
-        for row, variable in VARIABLES.items():
+        tuned = load(tuning_path(source))
+        values: dict[str, Any] = {"tcp_streams": tuned.streams, "tcp_read_bytes": tuned.read_bytes} if tuned else {}
+        for row, variable in SETTINGS.items():
             if row in given:
                 value = given.pop(row)
                 values[row] = variable.read(value, row) if isinstance(value, str) else value
-            elif variable.name in source:
+            elif variable.name and variable.name in source:
                 values[row] = variable.read(source[variable.name], variable.name)
         return cls(**values, **given)
 
@@ -368,8 +454,11 @@ class Settings:
         return {name: "untrusted_readers is set" for name in self.transports if name not in self.offered}
 
 
-VARIABLES: Mapping[str, Variable] = {row.name: row.metadata[_ROW] for row in fields(Settings)}
-"""The table: field of :class:`Settings` -> its variable."""
+SETTINGS: Mapping[str, Variable] = {row.name: row.metadata[_ROW] for row in fields(Settings)}
+"""Field of :class:`Settings` -> its row of the table."""
+
+VARIABLES: Mapping[str, Variable] = {name: row for name, row in SETTINGS.items() if row.name}
+"""Those that an environment variable sets."""
 
 
 def _refuse_misspelt(environ: Mapping[str, str]) -> None:

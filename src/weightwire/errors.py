@@ -13,6 +13,8 @@
     ├── TransferError          a peer did not deliver
     │   ├── PeerLost           connection broken, process gone
     │   ├── PeerStalled        no progress within the bound
+    │   ├── SourceBusy         a source serves as many readers as it takes; nothing is wrong with it
+    │   ├── NotYet             a relay does not have these bytes yet; nothing is wrong with it
     │   ├── DigestMismatch     bytes arrived that are not what the manifest says
     │   ├── GenerationMoved    the source withdrew or changed what it had published
     │   ├── ProtocolError      a peer sent something out of its bounds
@@ -90,6 +92,14 @@ class PeerLost(TransferError):
 
 class PeerStalled(TransferError):
     """A peer made no progress within the bound."""
+
+
+class SourceBusy(TransferError):
+    """The source serves as many readers as it takes: no blame, and there may be a place soon."""
+
+
+class NotYet(TransferError):
+    """A relay has not verified these bytes itself yet: no blame, and it may have them soon."""
 
 
 class DigestMismatch(TransferError):

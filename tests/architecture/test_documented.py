@@ -29,9 +29,15 @@ def test_every_variable_and_metric_is_there() -> None:
     assert [name for name in names if f"| `{name}` |" not in PAGE] == []
 
 
+def members(command: Any) -> dict[str, Any]:
+    """Of a group of commands; none of a command."""
+    return getattr(command, "commands", {})
+
+
 def test_every_command_and_flag_is_there_with_a_description() -> None:
     group: Any = typer.main.get_command(app)
-    for name, command in group.commands.items():
+    nested = [(f"{name} {each}", one) for name, g in group.commands.items() for each, one in members(g).items()]
+    for name, command in [*((n, c) for n, c in group.commands.items() if not members(c)), *nested]:
         assert command.help, name
         section = PAGE.split(f"### `weightwire {name}`\n", 1)[1].split("\n## ", 1)[0].split("\n### ", 1)[0]
         for parameter in command.params:

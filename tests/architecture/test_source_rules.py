@@ -25,6 +25,7 @@ READS_ENVIRONMENT = {
     "config.py": "the one table of settings",
     "cli/__init__.py": "gRPC's own log level, which it takes from nowhere else",
     "auth.py": "where the user keeps state (XDG_STATE_HOME)",
+    "tuning.py": "where the user keeps state (XDG_STATE_HOME)",
     "runtime/distributed.py": "ranks, as torchrun and mpirun tell them",
     "engines/vllm/identity.py": "vLLM's own switches that choose kernels",
     "engines/native/smollm2.py": "where the user keeps caches (XDG_CACHE_HOME)",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import pytest
 from cli_process import Done, weightwire
 
-from weightwire.cli.doctor import Verdict, check_ports, check_rdma, check_secret, judge_transports, probe
+from weightwire.cli.doctor import Verdict, check_digest, check_ports, check_rdma, check_secret, judge_transports, probe
 from weightwire.config import Settings
+from weightwire.engines.native.support import ROWS
 
 
 def verdicts(done: Done) -> dict[str, str]:
@@ -22,6 +24,7 @@ def test_doctor_reads_for_real_over_tcp(tmp_path: Path) -> None:
     assert checks["tcp"]["verdict"] == "ok"
     assert "64 MiB read and compared" in checks["tcp"]["detail"]
     assert "tcp" in checks["transports"]["detail"]
+    assert checks["digest"] == dataclasses.asdict(check_digest())
     assert list(tmp_path.iterdir()) == []  # looking makes no secret
 
 
@@ -36,6 +39,12 @@ def test_doctor_fails_where_what_is_asked_for_does_not_work(tmp_path: Path) -> N
     assert verdicts(done)["ports"] == "FAIL"
     assert "chmod 600" in done.out
     assert "everybody" not in done.out + done.err
+
+
+def test_a_digest_that_was_not_compiled_is_a_note_with_the_reason() -> None:
+    check = check_digest("it was not compiled")
+    assert check.verdict is Verdict.NOTE
+    assert "it was not compiled; install a C compiler" in check.detail
 
 
 def result(*, ok: bool, path: str = "") -> dict[str, Any]:
@@ -90,3 +99,10 @@ def test_h44_an_address_that_does_not_reach_us_is_found() -> None:
 def test_a_secret_that_is_not_there_yet_is_no_fault(tmp_path: Path) -> None:
     missing = check_secret(tmp_path / "secret")
     assert missing.verdict is Verdict.FAIL  # a named file must exist; only the user's own is made
+
+
+def test_the_matrix_is_the_table_that_the_code_uses(tmp_path: Path) -> None:
+    done = weightwire(tmp_path, "doctor", "--matrix", "--json")
+    assert done.code == 0, done
+    assert json.loads(done.out) == [dataclasses.asdict(row) for row in sorted(ROWS)]
+    assert "nvfp4_awq" in weightwire(tmp_path, "doctor", "--matrix").out

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from weightwire.cli.listing import human_bytes, rows, table, to_json
 from weightwire.types import Coordinates, Role, Stage
-from weightwire.wire.messages import PublicationRecord, PublicationState, SourceView
+from weightwire.wire.messages import PublicationRecord, PublicationState
+from weightwire.wire.reports import SourceView
 
 
 def view(rank: int = 0, *, life: str = "one", **fields: Any) -> SourceView:

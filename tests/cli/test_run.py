@@ -50,7 +50,7 @@ LOADS: dict[str, tuple[str, list[str]]] = {
     "good": ("bare", ["--accept-unpinned", "--json"]),
     "no revision": ("bare", []),
     "wrong revision": ("bare", ["--revision", "v2"]),
-    "wrong tp": ("bare", ["--tp", "2", "--revision", "v1"]),
+    "wrong tp": ("bare", ["--tp", "2", "--revision", "v1", "--max-amplification", "0"]),
     "nobody": ("bare", ["--revision", "v1", "--model-id", "other"]),
     "corrupt": ("broken", ["--load-format", "auto"]),
 }
@@ -88,6 +88,16 @@ def test_a_target_takes_its_weights_from_the_source(
     assert told["answer"] == first["answer"] != ""
 
 
+def test_stages_of_a_pipeline_and_a_draft(place: Path, source: tuple[object, dict[str, Any]]) -> None:
+    options = ["--pp", "2", "--draft-model", str(place / "tiny"), "--once", "--prompt", QUESTION]
+    done = run(place, place / "tiny", *options, "--json")
+    assert (done.code, done.err) == (0, "")
+    told = json.loads(done.out)
+    assert len(told["ranks"]) == 2
+    assert (told["source"], told["draft_source"]) == ("disk", "disk")
+    assert told["answer"] == source[1]["answer"]
+
+
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
@@ -108,6 +118,11 @@ def test_what_cannot_be_loaded_is_one_line(loads: dict[str, Future[Done]], name:
     [
         ("tiny", ["--load-format", "fast"], ["'fast'", "'presharded'", "weightwire run --help"], 2),
         ("tiny", ["--tp", "0"], ["--tp", "weightwire run --help"], 2),
+        ("tiny", ["--tp", "2", "--ep", "3"], ["--tp 2 ranks cannot share experts in 3 groups", "divides --tp"], 1),
+        ("tiny", ["--tp", "16", "--pp", "8"], ["--tp 16 and --pp 8 make 128 ranks", "at most 64"], 1),
+        ("tiny", ["--attention-dp"], ["--attention-dp needs ranks that share a batch", "give --tp 2"], 1),
+        ("tiny", ["--draft-model", "nowhere"], ["nowhere is not a directory", "config.json"], 1),
+        ("tiny", ["--tp", "2", "--ep", "2"], ["LlamaForCausalLM has no experts to share", "leave ep at 1"], 1),
         ("tiny", ["--dtype", "int8"], ["'int8'", "'bfloat16'"], 2),
         ("nowhere", [], ["nowhere is not a directory", "config.json"], 1),
         ("dumb", ["--prompt", "x"], ["dumb has no tokenizer.json", "--prompt"], 1),

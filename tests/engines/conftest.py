@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from engine_fleet import BIG, Fleet, write_bf16, zygote
+from naive_models import write_all
 
 from weightwire.auth import load_secret
 from weightwire.metadata.registry import Times
@@ -52,10 +53,17 @@ def crew(server: EmbeddedServer, secret_file: Path, forks: Path) -> Iterator[Fle
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Small ones, and ``big``: about 39 MB. ``other`` has the shapes of ``small``, and other numbers."""
+    """Small ones, and big ones: about 39 MB. The other ones have the same shapes, and other numbers."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {
         "small": write_bf16(root / "small", seed=1),
         "other": write_bf16(root / "other", seed=2),
         "big": write_bf16(root / "big", BIG, seed=3),
+        "other big": write_bf16(root / "other-big", BIG, seed=4),
     }
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Small ones in float32: each family by name, and Llama by the format that it is quantized in."""
+    return write_all(tmp_path_factory.mktemp("models"))

@@ -53,8 +53,9 @@ def test_h27_a_frozen_source_is_given_up_and_the_rest_comes_from_another(
         two.first.signal(signal.SIGCONT)
     assert report["source"] == "peer"
     assert sum(share["nbytes"] for share in report["shares"]) == report["nbytes"]
-    assert any("was dropped" in line or "was not used" in line for line in report["warnings"])
-    assert report["retries"] > 0
+    given_up = ("was dropped", "was not used", "they took over")  # the last: what it owed was all that was missing
+    assert any(said in line for line in report["warnings"] for said in given_up)
+    assert report["retries"] or report["duplicated"]
     two.first.digest()  # it goes on; what it had still to send must not land any more
     assert target.digest() == two.digest
     assert target.tokens() == two.tokens

@@ -12,8 +12,14 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from weightwire.config import Settings
 from weightwire.engines.native.options import ReplicaOptions
+from weightwire.engines.native.rank import Rank
+from weightwire.errors import ConfigError
 from weightwire.metadata.server.app import EmbeddedServer
+from weightwire.runtime import TpCoordinates, TpGroup
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port")
 
@@ -72,3 +78,10 @@ def test_torchrun_starts_a_source_that_serves_until_it_is_told_to_end(
         process.wait(30)
         assert process.stdout is not None
         process.stdout.close()
+
+
+def test_another_number_of_ranks_than_the_options_name_is_refused(checkpoints: dict[str, Path]) -> None:
+    """Else one torchrun with too many of them would cut tensors where stages were asked for."""
+    options = ReplicaOptions(model=str(checkpoints["small"]), model_id="torchrun", tp=1, pp=1)
+    with pytest.raises(ConfigError, match="2 ranks were started for tp 1 x pp 1; start 1, or change the options"):
+        Rank(options, Settings(), TpGroup.offline(TpCoordinates(size=2, rank=0)))

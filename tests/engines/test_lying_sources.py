@@ -13,7 +13,8 @@ from engine_fleet import SLOW, Fleet, Watch, bare
 from weightwire.auth import load_secret
 from weightwire.errors import LoadError
 from weightwire.metadata.server.app import EmbeddedServer, ServerSettings
-from weightwire.wire.messages import PublicationState, SourceView
+from weightwire.wire.messages import PublicationState
+from weightwire.wire.reports import SourceView
 
 
 def ready(views: Sequence[SourceView]) -> int:

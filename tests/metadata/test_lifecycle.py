@@ -61,7 +61,9 @@ def test_a_relay_is_readable_while_it_fills() -> None:
     life, actions = run(RelayBegan(1))
     assert life.admits
     assert kinds(actions) == ["AdmitReaders", "Announce"]
-    assert run(Digested(2), life=life)[0].state is S.READY
+    complete, actions = run(Digested(2), life=life)
+    assert (complete.state, complete.admits, actions) == (S.RELAYING, True, []), "the engine has not said a word"
+    assert run(Offer(3), life=complete)[0].state is S.READY
 
 
 def test_pause_drains_first_and_moves_the_generation_last() -> None:
@@ -121,7 +123,8 @@ def test_a_reader_that_shows_no_life_is_cut() -> None:
 def test_a_relay_that_is_paused_obeys_and_comes_back_as_what_it_is_then() -> None:
     life, _ = run(RelayBegan(1), Pause(2, 0))
     assert run(Resume(3), life=life)[0].state is S.RELAYING
-    assert run(Digested(3), Resume(4), life=life)[0].state is S.READY
+    assert run(Digested(3), Resume(4), life=life)[0].state is S.RELAYING
+    assert run(Digested(3), Offer(4), Resume(5), life=life)[0].state is S.READY
 
 
 @pytest.mark.parametrize(
@@ -131,6 +134,7 @@ def test_a_relay_that_is_paused_obeys_and_comes_back_as_what_it_is_then() -> Non
         (Withdraw(1, 0), Offer(2)),
         (Withdraw(1, 0), Resume(2)),
         (Digested(1), RelayBegan(2)),
+        (RelayBegan(1), Offer(2)),
         (ReaderOpened(1, b"r", 2),),
         (Digested(1), Offer(2), ReaderOpened(3, b"r", 99), Pause(4, 50), Resume(5)),
     ],

@@ -11,13 +11,9 @@ from weightwire.errors import ConfigError, MetadataError, ProtocolError
 from weightwire.metadata.registry import Registry, Times
 from weightwire.metadata.store.memory import MemoryStore
 from weightwire.types import Stage
-from weightwire.wire.messages import (
-    CheckResult,
-    FailureKind,
-    KeepBeat,
-    PeerFailure,
-)
+from weightwire.wire.messages import CheckResult, KeepBeat
 from weightwire.wire.messages import PublicationState as S
+from weightwire.wire.reports import FailureKind, PeerFailure
 
 
 @pytest.fixture
@@ -77,6 +73,16 @@ def test_another_stage_is_never_reported_as_nothing(fleet: Fleet) -> None:
     assert listing.groups == ()
     assert [(other.stage, other.state, other.ranks) for other in listing.others] == [(Stage.PROCESSED, S.READY, 2)]
     assert listing.others[0].identity
+
+
+def test_what_could_be_resharded_is_not_crowded_out_by_what_could_not(fleet: Fleet) -> None:
+    for number in range(20):
+        fleet.replica(f"p{number:02}", replica_key=f"processed-{number}", family_key="processed", stage=Stage.PROCESSED)
+    fleet.replica("loading", replica_key="other-size", state=S.LOADING, weights_id="", content_id="")
+    fleet.replica("ready", replica_key="other-size-too")
+    others = fleet.find("wanted", family_keys=("family",)).others
+    assert len(others) == 16
+    assert [other.replica_incarnation for other in others[:3]] == ["ready", "loading", "p00"]
 
 
 def test_the_asker_is_left_out_and_only_earlier_replicas_are_worth_waiting_for(fleet: Fleet) -> None:

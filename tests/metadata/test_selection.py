@@ -98,6 +98,23 @@ def test_the_order_of_candidates() -> None:
     assert all(candidate.reason for candidate in order(found))
 
 
+def test_h25_newcomers_form_a_chain_and_nobody_is_sent_to_who_may_be_waiting_for_it() -> None:
+    relaying = {"state": PublicationState.RELAYING, "fraction": 0.5}
+    found = [
+        (dataclasses.replace(slot(name, **relaying), arrival=at, relayed=at), GOOD)
+        for at, name in enumerate(("first", "second", "third", "fourth"), start=1)
+    ]
+    found.append((dataclasses.replace(slot("source", active_reads=4), arrival=9), GOOD))
+
+    def names(asker: int | None) -> list[str]:
+        return [candidate.record.replica_incarnation for candidate in order(found, asker)]
+
+    assert names(5) == ["fourth", "third", "first", "second", "source"]
+    assert names(3) == ["second", "first", "third", "source", "fourth"]
+    assert names(0) == ["source", "first", "fourth", "second", "third"]
+    assert names(None) == ["first", "fourth", "second", "third", "source"]
+
+
 @given(st.permutations([(slot(life, active_reads=n % 2), GOOD) for n, life in enumerate("abcdef")]))
 def test_the_order_depends_on_nothing_but_the_candidates(found: list[tuple[Slot, Standing]]) -> None:
     assert "".join(c.record.replica_incarnation for c in order(found)) == "acebdf"

@@ -86,7 +86,7 @@ BAD: dict[str, tuple[Callable[[Path], object], type[WeightwireError], str]] = {
     "a bool as number": (_edit_config(vocab_size=True), CheckpointError, "vocab_size is True"),
     "a number as bool": (_edit_config(attention_bias=1), CheckpointError, "attention_bias is 1"),
     "foreign activation": (_edit_config(hidden_act="gelu"), ConfigError, "hidden_act 'gelu' is not supported"),
-    "foreign rope": (_edit_config(rope_scaling={"rope_type": "yarn"}), ConfigError, "rope type 'yarn'"),
+    "foreign rope": (_edit_config(rope_scaling={"rope_type": "longrope"}), ConfigError, "rope type 'longrope'"),
     "half a rope": (_edit_config(rope_scaling={"rope_type": "llama3"}), CheckpointError, "factor is None"),
     "no weights": (lambda d: (d / WEIGHTS).unlink(), CheckpointError, "has no model.safetensors"),
     "truncated": (_truncate, CheckpointError, "model.safetensors is corrupt or truncated"),

@@ -20,6 +20,8 @@ from weightwire.runtime.mapping import WHOLE, Mapping, TpCoordinates, effective_
         ({"ep_rank": 1}, "ep rank 1 is not in 0..0"),
         ({"tp_rank": True}, "tp rank is True"),
         ({"world_size": "4"}, "world size is '4'"),
+        ({"pp_size": 2}, "is not the world size"),
+        ({"tp_size": 2, "pp_size": 2, "pp_rank": 1}, "contradicts its coordinates"),
     ],
 )
 def test_contradictions_are_refused(changes: dict[str, Any], words: str) -> None:
@@ -32,6 +34,33 @@ def test_contradictions_are_refused(changes: dict[str, Any], words: str) -> None
 def test_ranks_count_tensor_parallel_fastest() -> None:
     assert Mapping(world_size=8, rank=6, tp_size=2, tp_rank=0, pp_size=2, pp_rank=1, dp_size=2, dp_rank=1).tp.rank == 0
     assert Mapping.for_tp(2, 3).tp == TpCoordinates(size=3, rank=2)
+
+
+def test_a_rank_of_a_pipeline_counts_tensors_first() -> None:
+    mapping = Mapping.of_rank(5, 8, pp_size=2, ep_size=2)
+    assert (mapping.pp, mapping.tp) == (TpCoordinates(size=2, rank=1), TpCoordinates(size=4, rank=1))
+    assert (mapping.moe_tp, mapping.moe_ep) == (TpCoordinates(size=2, rank=0), TpCoordinates(size=2, rank=1))
+    assert (mapping.first_stage, mapping.last_stage) == (False, True)
+    with pytest.raises(ConfigError, match="8 ranks cannot be shared by 3 pipeline stages"):
+        Mapping.of_rank(0, 8, pp_size=3)
+
+
+@given(layers=st.integers(1, 40), size=st.integers(1, 8))
+def test_stages_hold_every_layer_once_and_about_as_many(layers: int, size: int) -> None:
+    stages = [Mapping.of_rank(rank, size, pp_size=size) for rank in range(size)]
+    if layers < size:
+        with pytest.raises(ConfigError, match=f"use at most {layers} stages"):
+            stages[0].pp_layers(layers)
+        return
+    held = [stage.pp_layers(layers) for stage in stages]
+    assert [layer for each in held for layer in each] == list(range(layers))
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+
+
+def test_attention_data_parallel_cuts_experts_alone() -> None:
+    mapping = Mapping.of_rank(3, 4, ep_size=2, attention_dp=True)
+    assert mapping.attention_tp == WHOLE
+    assert (mapping.moe_tp, mapping.moe_ep) == (TpCoordinates(size=2, rank=1), TpCoordinates(size=2, rank=1))
 
 
 def test_h18_presharded_is_an_argument_of_one_call() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runtime_hooks import CPU, SINGLE, Injecting, Poisoning, Recorder, part_of, poison, settings
+from runtime_hooks import CPU, SINGLE, Injecting, Poisoning, Recorder, attention_of, part_of, poison, settings
 from runtime_models import BASE, CASES, PROMPTS, random_tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from weightwire.errors import CheckpointError, ConfigError
 from weightwire.runtime import (
     BuildFacts,
+    DecoderForCausalLM,
     KernelLayout,
     LayerContext,
-    LlamaForCausalLM,
     LoadFormat,
     ModelLoader,
     SafetensorsLoader,
@@ -33,6 +33,8 @@ from weightwire.runtime import (
     prompt_logits,
     read_config,
 )
+from weightwire.runtime.layers.embedding import LMHead
+from weightwire.runtime.layers.mlp import GatedMLP
 from weightwire.runtime.layers.rotary import inverse_frequencies
 
 
@@ -49,6 +51,34 @@ def test_order_of_a_load(checkpoint: Path) -> None:
     assert set(result.seconds) == {"construct", "materialize", "fill", "post_load"}
     assert result.injected is None
     assert not any(tensor.isnan().any() for tensor in result.model.parameters())
+
+
+@pytest.mark.parametrize("case", ["gqa_llama3", "biased_tied"])
+def test_a_parameter_is_final_once_all_its_parts_are_there_and_stays_as_it_is(case: str, tmp_path: Path) -> None:
+    hooks = Recorder()
+    ModelLoader(SINGLE, settings(), Poisoning(), hooks).load(write_checkpoint(tmp_path / "checkpoint", CASES[case]))
+    tied = {"lm_head.weight"} if case == "biased_tied" else set()
+    assert hooks.final.keys() == hooks.places.keys() - tied
+    for name, then in hooks.final.items():
+        assert torch.equal(then, hooks.raw[name]), name
+
+
+class Requantising(LMHead):
+    """Writes its weight once more when another layer is loaded."""
+
+    def written_again(self) -> frozenset[str]:
+        return frozenset({"weight"})
+
+
+def test_what_is_declared_to_be_written_again_is_not_final_before_the_end(checkpoint: Path) -> None:
+    model = construct(read_config(checkpoint), {}, LayerContext(SINGLE, torch.float32, KernelLayout.PLAIN))
+    materialize(model, CPU)
+    model.lm_head.__class__ = Requantising
+    told: list[str] = []
+    tensors = Weights.of(load_file(checkpoint / "model.safetensors"))
+    model.load_weights(tensors, None, told.extend)
+    missing = {name for name, _ in model.named_parameters()} - set(told)
+    assert missing == {"lm_head.weight"}
 
 
 def test_h01_aliases_rename_parameters_but_not_what_is_loaded(checkpoint: Path) -> None:
@@ -90,20 +120,26 @@ def test_h17_padding_rows_are_zero_on_the_ranks_that_have_them(case: str, tmp_pa
         assert not torch.cat([model.lm_head.weight.data for model in parts])[len(whole) :].any()
 
 
+def mlp_of(model: DecoderForCausalLM) -> GatedMLP:
+    mlp = model.model.decoder_layers[0].mlp
+    assert isinstance(mlp, GatedMLP)
+    return mlp
+
+
 def test_ragged_and_empty_shards_join_to_the_whole(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "checkpoint", CASES["empty_shard"])
     whole = load_file(directory / "model.safetensors")
-    layers = [part_of(directory, 4, rank).model.decoder_layers[0] for rank in range(4)]
-    widths = [layer.mlp.down_proj.weight.shape[1] for layer in layers]
+    mlps = [mlp_of(part_of(directory, 4, rank)) for rank in range(4)]
+    widths = [mlp.down_proj.weight.shape[1] for mlp in mlps]
     assert widths == [2, 2, 1, 0]
-    gates = [layer.mlp.gate_up_proj.weight[:width] for layer, width in zip(layers, widths, strict=True)]
-    ups = [layer.mlp.gate_up_proj.weight[width:] for layer, width in zip(layers, widths, strict=True)]
+    gates = [mlp.gate_up_proj.weight[:width] for mlp, width in zip(mlps, widths, strict=True)]
+    ups = [mlp.gate_up_proj.weight[width:] for mlp, width in zip(mlps, widths, strict=True)]
     prefix = "model.layers.0.mlp"
     assert torch.equal(torch.cat(gates), whole[f"{prefix}.gate_proj.weight"])
     assert torch.equal(torch.cat(ups), whole[f"{prefix}.up_proj.weight"])
-    downs = [layer.mlp.down_proj.weight.data for layer in layers]
+    downs = [mlp.down_proj.weight.data for mlp in mlps]
     assert torch.equal(torch.cat(downs, dim=1), whole[f"{prefix}.down_proj.weight"])
-    packed = part_of(directory, 4, 3, KernelLayout.PACKED).model.decoder_layers[0].mlp.gate_up_proj
+    packed = mlp_of(part_of(directory, 4, 3, KernelLayout.PACKED)).gate_up_proj
     assert packed.weight.shape == (64, 0)
 
 
@@ -147,7 +183,7 @@ def test_h18_tensors_cut_before_are_taken_whole_once(checkpoint: Path) -> None:
     assert all(torch.equal(tensor, hooks.raw[name]) for name, tensor in hooks.snapshot().items())
 
 
-def local_tensors(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+def local_tensors(model: DecoderForCausalLM) -> dict[str, torch.Tensor]:
     """A rank's own parameters under Hugging Face names, fused ones taken apart."""
     found: dict[str, torch.Tensor] = {}
     for target in model.weight_mapper().targets(model.loadable_layers()):
@@ -262,7 +298,7 @@ def test_derived_tensors_are_computed_after_meta(checkpoint: Path) -> None:
 
 def test_the_cache_is_run_time_state(checkpoint: Path) -> None:
     model = ModelLoader(SINGLE, settings(), SafetensorsLoader()).load(checkpoint).model
-    attention = model.model.decoder_layers[0].self_attn
+    attention = attention_of(model, 0)
     assert vars(attention)["k_cache"] is None
     generate(model, PROMPTS, max_new_tokens=2)
     assert isinstance(vars(attention)["k_cache"], torch.Tensor)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
+from torch._C._distributed_c10d import HashStore, Store
 
 from weightwire.errors import ConfigError, RankLost
-from weightwire.runtime import RankEnvironment, TpCoordinates, TpGroup, discover_rank, serve_store
+from weightwire.runtime import RankEnvironment, TpCoordinates, TpGroup, discover_rank, distributed, serve_store
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
 
@@ -75,3 +79,43 @@ def test_an_unconnected_rank_refuses_to_sum() -> None:
     group = TpGroup.offline(TpCoordinates(size=2, rank=0))
     with pytest.raises(RankLost, match="not connected"):
         group.all_reduce(torch.ones(1))
+
+
+def _both(timeout_s: float) -> list[TpGroup]:
+    """Two ranks of one replica, in two threads of this process."""
+    store = serve_store()
+    environments = [RankEnvironment(rank, 2, 0, port=store.port, store_is_served=True) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda env: TpGroup.connect(env, timeout_s), environments))
+
+
+def test_stages_hand_on_what_they_computed() -> None:
+    first, second = _both(20)
+    sent = torch.arange(12.0).view(3, 4).t()
+    with ThreadPoolExecutor(1) as pool:
+        arrived = pool.submit(second.receive, torch.empty(4, 3), 0)
+        first.send(sent, 1)
+        assert torch.equal(arrived.result(), sent)
+    assert first.part("pp", TpCoordinates(size=2, rank=0)) is first
+    alone = first.part("tp", TpCoordinates(size=1, rank=0))
+    assert alone is first.part("tp", TpCoordinates(size=1, rank=0))
+    assert alone.all_reduce(sent) is sent
+
+
+def test_a_stage_that_hands_nothing_on_is_waited_for_in_bounds() -> None:
+    _first, second = _both(1)
+    started = time.monotonic()
+    with pytest.raises(RankLost, match="rank 1 of 2 lost the others"):
+        second.receive(torch.empty(2), 0)
+    assert time.monotonic() - started < 20
+
+
+def test_ranks_of_a_part_that_do_not_come_are_named_in_time() -> None:
+    group = TpGroup(TpCoordinates(size=4, rank=0), HashStore(), None, _meet)
+    with pytest.raises(RankLost, match="rank 0 of 4 did not meet the others of tp2/0"):
+        group.part("tp2/0", TpCoordinates(size=2, rank=0))
+
+
+def _meet(store: Store, coordinates: TpCoordinates) -> Any:
+    """As ``connect`` does, with a short bound."""
+    return distributed._gloo(store, coordinates, "127.0.0.1", timedelta(seconds=1))

@@ -97,9 +97,9 @@ def four_ranks(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> R
 
 def _check(results: Results, expected: dict[str, tuple[torch.Tensor, list[list[int]]]]) -> None:
     for case, (logits, tokens) in expected.items():
-        for layout in ("plain", "packed"):
+        for layout in ("plain/torch.float32", "packed/torch.float32", "staged"):
             for result in results:
-                ours, our_tokens = result[f"{case}/{layout}/torch.float32"]
+                ours, our_tokens = result[f"{case}/{layout}"]
                 torch.testing.assert_close(ours, logits, atol=2e-4, rtol=1e-4)
                 assert our_tokens == tokens, (case, layout)
 

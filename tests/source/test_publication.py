@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,14 @@ def member(tmp_path: Path) -> Iterator[Member]:
         Member(Settings(url=server.url, secret_file=secret, transports=("tcp",))) as running,
     ):
         yield running
+
+
+def test_h25_whoever_is_announced_is_known_before_it_can_ask_who_came_earlier(member: Member) -> None:
+    for life in range(5):
+        wanted = dataclasses.replace(identity(), model_id=f"tests/{life}")
+        claim = Claim(identity=wanted, coordinates=Coordinates(), world_size=1, replica_incarnation=str(life))
+        member.node.announce(claim)
+        assert len(list(member.metadata.sources())) == life + 1
 
 
 def test_h24_the_progress_of_a_loading_replica_reaches_those_who_wait_for_it(member: Member) -> None:

@@ -96,6 +96,17 @@ def test_h10_what_is_held_a_second_time_is_counted() -> None:
     assert snapshot.held.nbytes == 0
 
 
+@pytest.mark.parametrize("foreign", [False, True])
+def test_h10_what_is_changed_and_then_replaced_is_counted_once(foreign: bool) -> None:
+    model = Model(declares=False)
+    _, snapshot, _ = published(model)
+    snapshot.foreign = foreign
+    with snapshot.guard(model.inner), torch.no_grad():
+        model.inner.a.mul_(2)
+        model.inner.a = nn.Parameter(model.inner.a.detach().clone())
+    assert snapshot.held.nbytes == (12 if not foreign else 12 + 6 + 5) * 4
+
+
 def test_what_did_not_change_goes_back_and_costs_nothing() -> None:
     model = Model(declares=False)
     _, snapshot, _ = published(model)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import itertools
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,8 +22,10 @@ from weightwire.manifest.address import AddressSpace, Region, Segment
 from weightwire.manifest.digest import digest_leaves
 from weightwire.manifest.leaves import LEAF_BYTES
 from weightwire.manifest.records import Entry, Layout, Manifest
-from weightwire.target.pull import Bounds, Pull
-from weightwire.target.worklist import WorkList, chunked
+from weightwire.target.peers import Bounds
+from weightwire.target.pull import Pull
+from weightwire.target.schedule import Schedule
+from weightwire.target.shares import EVERYTHING
 from weightwire.transport.base import Connection, Read, Registration
 from weightwire.transport.inproc import InprocTransport
 from weightwire.types import Span, TensorClass
@@ -60,6 +64,11 @@ class Peer:
 
     transport = "inproc"
     lanes = 2
+    rate = 0.0
+    relaying = False
+    growing = False
+    limit = (1 << LEAVES) - 1
+    share = EVERYTHING
 
     def __init__(
         self, reader: InprocTransport, held: torch.Tensor, label: str, spoil: Callable[[Connection], Connection] | None
@@ -80,8 +89,12 @@ class Peer:
         self.connections.append(wrapped)
         return wrapped
 
-    def watch(self, failed: Callable[[TransferError], None]) -> None:
+    def watch(self, failed: Callable[[TransferError], None], offers: Callable[[int], None]) -> None:
         self.failed = failed
+        self.offers = offers
+
+    def close(self) -> None:
+        """It goes on."""
 
 
 class Spoiled:
@@ -145,7 +158,7 @@ class Load:
         self.reader = InprocTransport()
         self.manifest = manifest_of(weights)
         leaves = self.manifest.layout.leaves
-        self.work = WorkList(chunked(leaves, range(len(leaves)), 2 * LEAF_BYTES))
+        self.schedule = Schedule(leaves, range(len(leaves)), 2 * LEAF_BYTES)
         self.arrived: list[int] = []
         self.registration = self.reader.register(space(self.memory))
 
@@ -158,7 +171,7 @@ class Load:
 
     def run(self, *peers: Peer, at_a_time: int = 1, lanes: int = 2) -> Pull:
         bounds = Bounds(deadline=time.monotonic() + 30, stall_s=1.0, fence_s=2.0, lanes=lanes, peers=at_a_time)
-        pull = Pull(self.manifest, {"inproc": self.registration}, self.work, bounds, self.arrived.append)
+        pull = Pull(self.manifest, {"inproc": self.registration}, self.schedule, bounds, self.arrived.append)
         self.pull = pull
         pull.run(iter(peers))
         return pull
@@ -187,6 +200,33 @@ def test_several_peers_share_the_work(load: Load) -> None:
     assert sum(share.nbytes for share in pull.report.shares) == load.weights.numel()
 
 
+class Forgetful(Peer):
+    """Keeps nobody that watches it."""
+
+    def watch(self, failed: Callable[[TransferError], None], offers: Callable[[int], None]) -> None:
+        del failed, offers
+
+
+def test_h10_memory_that_was_received_into_is_let_go_at_once_not_by_the_collector_of_cycles(
+    weights: torch.Tensor,
+) -> None:
+    """A receiver goes on to transform its weights: what these replace must not stay beside them."""
+    load = Load(weights)
+    memory, peers = weakref.ref(load.memory), [Forgetful(load.reader, weights, name, None) for name in "ab"]
+    gc.disable()
+    try:
+        load.run(*peers, at_a_time=2)
+        assert load.exact
+        load.reader.deregister(load.registration, time.monotonic() + 5)
+        for connection in (each for peer in peers for each in peer.connections):
+            connection.fence(time.monotonic() + 5)
+        del load, connection
+        peers.clear()
+        assert memory() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("error", [PeerLost("lost", ""), PeerStalled("stalled", ""), GenerationMoved("moved", "")])
 def test_h26_another_source_takes_over_only_what_is_missing(load: Load, error: TransferError) -> None:
     first, second = load.peer("a", at=6, error=error), load.peer("b")
@@ -213,7 +253,7 @@ def test_h36_success_means_every_digest_held(load: Load) -> None:
     other[5 * LEAF_BYTES + 17] ^= 1
     with pytest.raises(DigestMismatch):
         load.run(load.peer("a", held=other))
-    assert not load.work.finished
+    assert not load.schedule.finished
 
 
 def test_without_a_peer_the_reason_is_given(load: Load) -> None:
@@ -224,12 +264,12 @@ def test_without_a_peer_the_reason_is_given(load: Load) -> None:
 def test_h32_memory_that_may_still_be_written_is_condemned(load: Load) -> None:
     with pytest.raises(FenceTimeout, match="peer a could not be stopped"):
         load.run(load.peer("a", at=2, error=FenceTimeout("no", "")), load.peer("b"))
-    assert not load.work.finished  # what the first peer may still write is nobody else's
+    assert not load.schedule.finished  # what the first peer may still write is nobody else's
 
 
 def test_the_deadline_of_the_load_holds(weights: torch.Tensor) -> None:
     load = Load(weights)
     bounds = Bounds(deadline=time.monotonic() - 1, peers=1)
-    pull = Pull(load.manifest, {"inproc": load.registration}, load.work, bounds)
+    pull = Pull(load.manifest, {"inproc": load.registration}, load.schedule, bounds)
     with pytest.raises(TransferError):
         pull.run(iter([load.peer("a")]))

@@ -47,6 +47,10 @@ def test_hazards_on_one_host() -> None:
     run_tests(["nixl_hazards.py"])
 
 
+def test_agents_made_ahead() -> None:
+    run_tests(["nixl_spare.py"])
+
+
 def test_conformance_over_tcp() -> None:
     chosen = "another_process or nobody or whole or order or after_a_fence or many or finished"
     run_tests(["nixl_suite.py"], "-k", chosen, UCX_TLS="tcp")
@@ -84,6 +88,26 @@ def test_h46_what_ucx_does_not_tell_is_said_to_be_unknown_and_is_refused_where_r
     strict = run(["-c", READ, "strict"], 60, UCX_LOG_FILE="/dev/null")
     assert (lenient.stdout.strip(), lenient.returncode) == ("nixl/ucx:?", 0), lenient.stderr
     assert strict.stdout.startswith("reads would go over nixl/ucx:?, and RDMA is required;"), strict.stderr
+
+
+TOLD = """
+import sys
+from transport.peers import *
+from transport import nixl_backends
+touched = []
+sys.addaudithook(lambda event, args: touched.append(args) if event in ("os.putenv", "os.unsetenv") else None)
+gate = Gate()
+source = nixl_backends.nixl(gate)
+endpoint = source.describe(source.register(space(pattern(100))[0]), LEASE)
+print(source.connect(endpoint, LEASE, soon()).path)
+print(touched)
+"""
+
+
+def test_what_ucx_uses_is_told_and_the_environment_is_never_touched() -> None:
+    """Agents are made in threads: C code that reads the environment of the process meanwhile would crash."""
+    watched = run(["-c", TOLD], 60)
+    assert watched.stdout.splitlines() == ["nixl/ucx:cma", "[]"], watched.stderr
 
 
 def test_without_the_package_the_error_says_what_to_install() -> None:

@@ -17,10 +17,10 @@ SEED = 7
 """Another model than the target."""
 
 
-def replica(fleet: Fleet, checkpoints: Checkpoints, *, bare: bool, **how: Any) -> Offline:
+def replica(fleet: Fleet, checkpoints: Checkpoints, *, bare: bool, name: str = NAME, **how: Any) -> Offline:
     pick = checkpoints.bare if bare else checkpoints.full
     draft = {"method": "draft_model", "model": str(pick("untied", SEED)), "num_speculative_tokens": 2}
-    return fleet.offline(pick("untied"), NAME, engine={"speculative_config": draft}, **how)
+    return fleet.offline(pick("untied"), name, engine={"speculative_config": draft}, **how)
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +53,21 @@ def test_h37_draft_follows_its_target_to_the_disk(source: Offline, fleet: Fleet,
     assert not second.lines("weightwire: received ")
     assert len(second.lines("Loading weights took")) == 2, second.tail()
     assert second.tokens() == source.tokens()
+
+
+def test_h22_both_models_of_two_workers(fleet: Fleet, checkpoints: Checkpoints) -> None:
+    """Four shards, four keys; each worker takes its two."""
+    name = "drafts/two"
+    first = replica(fleet, checkpoints, bare=False, name=name, tp=2, extra={"role": "source"}).ready()
+    for each in (name, f"{name}#draft"):
+        fleet.until(each, 1, 30, first)
+    records = [view.record for each in (name, f"{name}#draft") for view in fleet.sources(each)]
+    assert sorted((record.role, record.coordinates.tp_rank) for record in records) == [
+        (role, rank) for role in sorted((Role.DRAFT, Role.TARGET)) for rank in (0, 1)
+    ]
+    assert len({record.shard_key for record in records}) == len({record.content_id for record in records}) == 4
+    extra = {"on_miss": "fail", "poison": True, "role": "target"}
+    second = replica(fleet, checkpoints, bare=True, name=name, tp=2, extra=extra).ready()
+    assert len(second.lines("weightwire: received ")) == 4, second.tail()
+    assert not second.lines("Loading weights took")
+    assert second.tokens() == first.tokens()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from typing import Any
 
 from vllm_checkpoints import Checkpoints
 from vllm_processes import Process
@@ -22,9 +23,10 @@ def test_h70_offline_source_and_target_end_with_zero(fleet: Fleet, checkpoints: 
     name = "exits/offline"
     first = fleet.offline(checkpoints.full("llama"), name).ready()
     fleet.until(name, 1, 30, first)
-    second = fleet.offline(checkpoints.bare("llama"), name, extra={"on_miss": "fail"}).ready()
+    second = fleet.offline(checkpoints.bare("llama"), name, extra={"on_miss": "fail", "poison": True}).ready()
     assert "over nixl/" in second.says("weightwire: received "), second.tail()
     fleet.only(name, 2, first, second)
+    assert second.tokens() == first.tokens()
     assert first.stop() == 0
     assert second.stop() == 0
     assert fleet.sources(name) == []
@@ -40,11 +42,16 @@ def test_h70_two_workers_end_with_zero(fleet: Fleet, shared: Shared, checkpoints
     assert_no_crash(replica)
 
 
-def test_h70_server_with_a_shutdown_timeout_withdraws(fleet: Fleet, checkpoints: Checkpoints) -> None:
-    """Its worker is forked: it leaves without running what ``atexit`` has."""
+def test_h70_vllm_serve_with_a_shutdown_timeout_withdraws(fleet: Fleet, checkpoints: Checkpoints) -> None:
+    """The README's command. Its processes are spawned, as is vLLM's way (other tests fork): the plugin is there."""
     name = "exits/server"
-    server = fleet.api(checkpoints.full("llama"), name, engine={"--shutdown-timeout": 10}).ready()
+    how: dict[str, Any] = {"command": "serve", "engine": {"--shutdown-timeout": 10}, "fresh": True}
+    server = fleet.api(checkpoints.full("llama"), name, extra={"quiet_s": 3600}, **how).ready()
     fleet.until(name, 1, 30, server)
+    assert server.lines("(EngineCore pid="), "no process of its own"
+    assert server.lines("(Worker pid="), "no process of its own"
+    target = fleet.offline(checkpoints.bare("llama"), name, extra={"on_miss": "fail", "role": "target"}).ready()
+    assert target.tokens() == server.tokens()
     began = time.monotonic()
     server.terminate()
     assert server.ends(60) in (0, -signal.SIGTERM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from vllm_checkpoints import Checkpoints
@@ -11,7 +12,13 @@ from vllm_processes import Offline
 from vllm_replicas import Fleet, Shared
 
 SLOW = {"read_s": 1.5}
-QUICK = {"stall_timeout": 3, "load_timeout": 60, "transports": ["tcp"]}
+STALL_S = 3
+NOTICED_S = {signal.SIGKILL: 3.0, signal.SIGSTOP: STALL_S + 12.0}
+"""On a busy machine. On an idle one a killed source is noticed in less than one: ``bench/vllm_killed.py``."""
+WIDE = 131072
+"""So that the weights, 330 MB, are more than what else a start takes for a moment."""
+PLAIN = {"plain_linear": True}
+QUICK = {"stall_timeout": STALL_S, "load_timeout": 60, "transports": ["tcp"]}
 
 
 def half_way(fleet: Fleet, checkpoints: Checkpoints, name: str, *, disk: bool, **extra: object) -> tuple[Offline, ...]:
@@ -34,7 +41,9 @@ def test_h26_source_lost_in_mid_load_target_has_a_disk(
     wanted = shared.tokens("llama")
     source, target = half_way(fleet, checkpoints, f"losses/disk-{number.name}", disk=True)
     source.signal(number)
+    began = time.monotonic()
     target.says("weightwire: no peer, reading the disk: ", 30)
+    assert time.monotonic() - began < NOTICED_S[number]
     target.ready()
     assert target.tokens() == wanted
 
@@ -73,3 +82,34 @@ def test_h37_processed_bytes_went_bad_and_the_model_is_built_again(
     target = fleet.offline(checkpoints.full("llama"), source.name, extra=extra, faults=faults).ready()
     assert target.lines("weightwire: no peer, reading the disk: "), target.tail()
     assert target.tokens() == source.tokens
+
+
+def test_h37_falling_back_holds_no_second_model(fleet: Fleet, checkpoints: Checkpoints) -> None:
+    """Neither where the disk refills the model that a peer began to fill, nor where another one is built."""
+    model = checkpoints.full("llama", intermediate_size=WIDE)
+    nbytes = (model / "model.safetensors").stat().st_size
+    usual = peak(fleet.offline(model, "losses/usual", load_format="auto", faults=PLAIN))
+    for stage in ("LOADED", "PROCESSED"):
+        name = f"losses/{stage}"
+        source = fleet.offline(model, name, extra={"role": "source", "stages": [stage]}, faults=PLAIN).ready()
+        fleet.until(name, 1, 30, source)
+        extra = {"role": "target", "stages": [stage], "poison": True}  # which touches all of the first model's memory
+        faults = PLAIN | {"corrupt_after": 9}
+        target = fleet.offline(model, name, extra=extra, faults=faults)
+        most = peak(target)
+        assert target.lines("weightwire: no peer, reading the disk: "), target.tail()
+        assert most - usual < nbytes / 3, (stage, most, usual, nbytes)
+        assert target.tokens() == source.tokens()
+        fleet.kill(source, target)
+
+
+def peak(replica: Offline) -> int:
+    """The most bytes that were its own until it was ready."""
+    most = 0
+    with ThreadPoolExecutor(1) as pool:
+        ready = pool.submit(replica.ready)
+        while not ready.done():
+            most = max(most, replica.resident())
+            time.sleep(0.02)
+    assert ready.result() is replica
+    return most

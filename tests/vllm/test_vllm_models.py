@@ -80,14 +80,15 @@ def test_h61_config_says_tied_checkpoint_has_an_lm_head(
     assert "lm_head.weight" in [entry.name for entry in layout(fleet, source.name).entries]
 
 
-def test_processed_stage(fleet: Fleet, shared: Shared, checkpoints: Checkpoints) -> None:
+@pytest.mark.parametrize("tp", [1, 2])
+def test_processed_stage(tp: int, fleet: Fleet, shared: Shared, checkpoints: Checkpoints) -> None:
     """Where vLLM leaves linear weights as tensors, kernel-ready ones can travel."""
-    source = shared.source("llama", processed=True)
+    source = shared.source("llama", tp=tp, processed=True)
     extra = {"stages": ["PROCESSED"]}
-    target = filled(fleet, source, checkpoints.bare("llama"), extra=extra, faults=PLAIN)
+    target = filled(fleet, source, checkpoints.bare("llama"), tp=tp, extra=extra, faults=PLAIN)
     assert target.lines("stage PROCESSED")
     assert not target.lines("stage LOADED")
-    assert source.tokens == shared.tokens("llama")
+    assert source.tokens == shared.tokens("llama", tp)
 
 
 def test_h11_stages_never_meet(fleet: Fleet, shared: Shared, checkpoints: Checkpoints) -> None:

@@ -67,7 +67,7 @@ def test_h23_one_is_gone_and_the_replica_ends(
     assert time.monotonic() - began < 3 * VOTE_S + 20
 
 
-@pytest.mark.parametrize("step", ["find", "fill"])
+@pytest.mark.parametrize("step", ["find", "construct", "fill"])
 def test_h23_one_hangs_and_the_replica_ends(step: str, fleet: Fleet, shared: Shared, checkpoints: Checkpoints) -> None:
     replica = target(fleet, shared, checkpoints, "freeze", step)
     replica.says(f"fault: freeze at {step}")
@@ -75,6 +75,23 @@ def test_h23_one_hangs_and_the_replica_ends(step: str, fleet: Fleet, shared: Sha
     assert replica.ends(90) == 1
     assert time.monotonic() - began < 4 * VOTE_S + 20
     assert replica.root_causes(), replica.tail()
+
+
+@pytest.mark.parametrize("rank", [0])
+def test_h23_one_is_stopped_at_publishing_and_the_replica_ends(
+    rank: int, fleet: Fleet, checkpoints: Checkpoints
+) -> None:
+    """All its threads, so also the store in which the workers decide, where that is worker 0's."""
+    name = f"ranks/publish-stop-{rank}"
+    faults = {"rank": rank, "steps": ["publish"], "kind": "stop"}
+    replica = fleet.offline(checkpoints.full("llama"), name, tp=2, extra=QUICK | {"role": "source"}, faults=faults)
+    replica.says("fault: stop at publish")
+    began = time.monotonic()
+    assert replica.ends(90) == 1
+    assert time.monotonic() - began < 4 * VOTE_S + 20
+    assert replica.root_causes(), replica.tail()
+    assert fleet.replicas(name) == {}
+    assert not replica.lines("weightwire: published "), replica.tail()
 
 
 @pytest.mark.parametrize("kind", ["fail", "late"])

@@ -3,60 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import pytest
 from vllm_checkpoints import Checkpoints
-from vllm_processes import PROMPTS, Api, Offline
+from vllm_moves import LIMIT_S, NEW, READ_S, answers, move, server, source
 from vllm_replicas import Fleet
 
-from weightwire.config import Settings
 from weightwire.engines.vllm import rollout
-from weightwire.engines.vllm.rollout import Gone, Refused, Rollout
-from weightwire.engines.vllm.staging import Request
-
-NEW = 7
-"""Seed of the newer weights."""
-LONG = [f"{number} " + " ".join(PROMPTS[number:] + PROMPTS[:number]) * 5 for number in range(2)]
-"""Prompts of more than one block of the prefix cache (128 tokens on a CPU)."""
-QUICK: dict[str, Any] = {"vote_s": 5.0, "stall_timeout": 3, "load_timeout": 20, "wait_for_loading": 5}
-LIMIT_S = 30.0
-READ_S = 0.5
-"""How long one read takes where staging shall take seconds."""
-
-
-def server(fleet: Fleet, checkpoint: Path, name: str, *, tp: int = 1, **options: Any) -> Api:
-    """A server of ordinal 1, from the disk, that can be refreshed."""
-    engine = options.pop("engine", {})
-    made = fleet.api(
-        checkpoint,
-        name,
-        tp=tp,
-        extra=QUICK | {"ordinal": 1},
-        env={"VLLM_SERVER_DEV_MODE": "1"},
-        engine={"--weight-transfer-config": '{"backend": "weightwire"}', "--enable-prefix-caching": None} | engine,
-        **options,
-    )
-    return made.ready()
-
-
-def source(fleet: Fleet, checkpoint: Path, name: str, *, tp: int = 1, ordinal: int = 2) -> Offline:
-    """A replica of newer weights."""
-    extra = {"ordinal": ordinal, "role": "source", "revision": f"r{ordinal}"}
-    made = fleet.offline(checkpoint, name, tp=tp, extra=extra).ready()
-    fleet.until(name, 2, LIMIT_S, made)
-    return made
-
-
-def move(replica: Api, fleet: Fleet | None = None, **request: Any) -> dict[str, float]:
-    """What an operator runs; with ``fleet``, its weights arrive while the server answers."""
-    settings = Settings(url=fleet.place.url, secret_file=fleet.place.state / "secret") if fleet else None
-    return Rollout(url=replica.url, request=Request(**request), stage_s=90.0, drain_s=LIMIT_S, metadata=settings).run()
-
-
-def answers(replica: Api | Offline) -> Any:
-    return replica.tokens(), replica.tokens(LONG, 8)
+from weightwire.engines.vllm.rollout import Gone, Refused
 
 
 def test_refresh_or_stay(fleet: Fleet, checkpoints: Checkpoints) -> None:
@@ -120,22 +74,6 @@ def test_h61_an_embedding_that_vllm_tied_stays_tied(fleet: Fleet, checkpoints: C
     newer = source(fleet, checkpoints.full("says_tied_is", NEW), name, ordinal=3)
     move(replica, ordinal=3)
     assert answers(replica) == answers(newer)
-
-
-def test_h23_one_of_two_workers_fails_and_both_keep_the_old_weights(fleet: Fleet, checkpoints: Checkpoints) -> None:
-    """Until it does not fail any more."""
-    name, failures = "refresh ranks", 2
-    faults = {"rank": 0, "steps": ["fill"], "kind": "fail", "failures": failures}
-    replica = server(fleet, checkpoints.full("llama"), name, tp=2, faults=faults)
-    old = answers(replica)
-    newer = source(fleet, checkpoints.full("llama", NEW), name, tp=2)
-    for _ in range(failures):  # vLLM's workers and their executor still agree on what is an answer to what
-        with pytest.raises(Refused, match="rank 0: "):
-            move(replica, ordinal=2)
-        assert answers(replica) == old
-    move(replica, fleet, ordinal=2)
-    assert answers(replica) == answers(newer) != old
-    fleet.only(name, 2, replica)
 
 
 def test_a_swap_that_fails_half_way_ends_the_server(fleet: Fleet, checkpoints: Checkpoints) -> None:

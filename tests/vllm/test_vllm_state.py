@@ -40,6 +40,15 @@ def test_h06_number_that_loading_sets(fleet: Fleet, shared: Shared, checkpoints:
     assert second.tokens() == first.tokens() != shared.tokens("llama")
 
 
+def test_h07_references_that_construction_kept(fleet: Fleet, shared: Shared, checkpoints: Checkpoints) -> None:
+    """To what a peer fills: the answers are computed through them, and the memory was poisoned."""
+    name = "state/references"
+    first = source(fleet, checkpoints, name, plants=["references"])
+    second = target(fleet, checkpoints, name, plants=["references"]).ready()
+    assert second.lines("weightwire: received "), second.tail()
+    assert second.tokens() == first.tokens() == shared.tokens("llama")
+
+
 def test_h08_unclassified_attribute(fleet: Fleet, shared: Shared, checkpoints: Checkpoints) -> None:
     """Nothing is published, the tensor is named, users are served."""
     name = "state/undeclared"
@@ -71,6 +80,23 @@ def test_h10_what_processing_replaces_is_kept_and_counted(
     assert kept >= packed
     second = target(fleet, checkpoints, known.name, "w8a8").ready()
     assert second.tokens() == known.tokens
+
+
+def test_h10_what_was_kept_is_released_when_it_is_withdrawn(fleet: Fleet, checkpoints: Checkpoints) -> None:
+    """INT8 weights are packed on every CPU, bfloat16 ones on some."""
+    name, wide = "state/released", 65536
+    model = checkpoints.full("w8a8", intermediate_size=wide)
+    replica = fleet.offline(model, name, extra={"role": "source"}).ready()
+    fleet.until(name, 1, 30, replica)
+    before = replica.tokens()
+    line = replica.says("(kept a second time: ", 10)
+    kept = int(line.partition("(kept a second time: ")[2].partition(" ")[0])
+    assert kept > 3 * 3 * wide * 128, "three layers of three matrices"
+    found = replica.withdraw()
+    assert found["held"] == 0
+    assert found["before"] - found["after"] > 0.9 * kept, found
+    assert replica.lines(f"weightwire: {kept} bytes that were kept for readers are released"), replica.tail()
+    assert replica.tokens() == before
 
 
 def test_h12_a_failed_publish_is_not_made_up_for_later(fleet: Fleet, checkpoints: Checkpoints) -> None:

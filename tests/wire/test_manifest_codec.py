@@ -30,6 +30,23 @@ def test_a_manifest_arrives_as_it_was_sent() -> None:
     assert collect_manifest(parts()) == (header(shown), shown)
 
 
+def provisional(**changes: Any) -> list[Part]:
+    shown = dataclasses.replace(manifest(), digests=b"")
+    ids = {"content_id": "", "derived_id": "", "weights_id": ""}
+    return list(manifest_parts(header(manifest(), **(ids | changes)), shown))
+
+
+def test_a_provisional_manifest_arrives_without_ids_and_without_digests() -> None:
+    head, found = collect_manifest(provisional())
+    assert (head.content_id, found.provisional, found.layout) == ("", True, manifest().layout)
+
+
+@pytest.mark.parametrize("field", ["content_id", "derived_id", "weights_id"])
+def test_a_manifest_without_digests_cannot_name_ids(field: str) -> None:
+    with pytest.raises(ProtocolError, match=r"without digests names ids|0 digest bytes"):
+        collect_manifest(provisional(**{field: "some"}))
+
+
 def test_large_manifests_come_in_bounded_parts() -> None:
     sent = parts(20_000)
     assert len(sent) > 4
@@ -52,6 +69,16 @@ def test_h51_a_manifest_of_100000_tensors_passes_over_grpc() -> None:
     assert found.layout.entries == shown.layout.entries
     assert sum(len(entry.name) + 24 for entry in shown.layout.entries) > bounds.MAX_MESSAGE_BYTES  # at the very least
     assert seconds < 60
+
+
+def test_a_sharding_of_another_version_is_opaque_and_refuses_nothing_else() -> None:
+    sent = parts()
+    entry_of(sent).sharding.version = 2
+    (found,) = [entry for entry in collect_manifest(sent)[1].layout.entries if entry.views]
+    assert found.sharding is not None
+    assert "version 2" in found.sharding.opaque
+    entry_of(sent).ClearField("sharding")  # a peer that knows nothing of it
+    assert collect_manifest(sent)[1].content_id == manifest().content_id
 
 
 Edit = Callable[[list[Part]], Iterable[Part]]
@@ -106,6 +133,14 @@ HOSTILE: dict[str, Edit] = {
     "a name that is too long": edited(lambda entry: setattr(entry, "name", "n" * 5000)),
     "a name with a line break": edited(lambda entry: setattr(entry, "name", "a\nb")),
     "a name twice": edited(lambda entry: entry.aliases.append("rope.cache")),
+    "a piece outside the whole tensor": edited(lambda entry: entry.sharding.pieces[0].offset.__setitem__(0, 2**40)),
+    "a piece outside its tensor": edited(lambda entry: entry.sharding.pieces[0].at.__setitem__(0, 2)),
+    "a piece of too few dimensions": edited(lambda entry: entry.sharding.pieces[0].size.pop()),
+    "a piece of too many dimensions": edited(lambda entry: entry.sharding.pieces[0].shape.extend([1] * 100)),
+    "a part that no piece covers": edited(lambda entry: entry.sharding.padding.pop()),
+    "too many pieces": edited(lambda entry: entry.sharding.pieces.extend(entry.sharding.pieces[:1] * 100)),
+    "a part's name with a line break": edited(lambda entry: setattr(entry.sharding.pieces[0], "part", "a\nb")),
+    "an opaque sharding with pieces": edited(lambda entry: setattr(entry.sharding, "opaque", "swizzled")),
     "a view outside its tensor": edited(lambda entry: setattr(entry.views[0], "offset", 2**40)),
 }
 
@@ -127,7 +162,11 @@ def test_an_item_that_fits_no_message_is_refused_when_sent() -> None:
 
 def test_a_grant_of_tens_of_megabytes_arrives_in_parts() -> None:
     grant = ReadGrant(
-        lease=b"lease", generation=4, ttl_s=30, endpoints={"nixl": b"n" * 20_000_000, "tcp": b"", "inproc": b"i"}
+        lease=b"lease",
+        generation=4,
+        ttl_s=30,
+        endpoints={"nixl": b"n" * 20_000_000, "tcp": b"", "inproc": b"i"},
+        rate=2.5e8,
     )
     sent = list(grant_parts(grant))
     assert max(part.ByteSize() for part in sent) <= bounds.PART_BYTES + 1024
@@ -142,6 +181,18 @@ def test_hostile_grants_are_protocol_errors() -> None:
     twice = peer_pb2.GrantPart()
     twice.grant.endpoints.add(transport="tcp", nbytes=1)
     twice.grant.endpoints.add(transport="tcp", nbytes=1)
-    for bad in ([], sent[1:], sent[:1], [*sent, sent[1]], [*sent, sent[0]], [huge], [twice]):
+    rates = [peer_pb2.GrantPart(grant=peer_pb2.Grant(rate=rate)) for rate in (-1.0, float("nan"), float("inf"), 1e16)]
+    for rate in rates:
+        with pytest.raises(ProtocolError, match="rate is"):
+            collect_grant([rate])
+    for bad in (
+        [],
+        sent[1:],
+        sent[:1],
+        [*sent, sent[1]],
+        [*sent, sent[0]],
+        [huge],
+        [twice],
+    ):
         with pytest.raises(ProtocolError):
             collect_grant(bad)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import itertools
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from threading import Timer
 
 import pytest
 from wire_samples import SECRET, SamplePeer, header
@@ -168,6 +170,31 @@ def test_a_progress_stream_that_falls_silent_is_stalled(client: PeerClient) -> N
     assert time.monotonic() - began < 5
 
 
+def watching() -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if each.name == "weightwire-stall" or isinstance(each, Timer)]
+
+
+def test_one_thread_watches_over_a_progress_stream_and_ends_with_it(client: PeerClient) -> None:
+    before = set(watching())
+    stream = client.progress(b"endless", stall_s=0.5)
+    ours = set[threading.Thread]()
+    for _ in range(8):
+        next(stream)
+        ours |= set(watching()) - before
+    assert len(ours) == 1
+    stream.close()  # type: ignore[attr-defined]
+    (thread,) = ours
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_a_reader_that_is_busy_itself_does_not_hold_the_source_for_stalled(client: PeerClient) -> None:
+    stream = client.progress(b"endless", stall_s=0.4)
+    next(stream)
+    time.sleep(1.0)
+    assert next(stream).generation == 3
+
+
 def test_the_source_learns_that_a_reader_has_gone(client: PeerClient, peer: SamplePeer) -> None:
     stream = client.progress(b"endless")
     next(stream)
@@ -180,7 +207,7 @@ def test_progress_streams_leave_room_for_other_calls(client: PeerClient) -> None
     streams = [client.progress(b"endless") for _ in range(4)]
     for stream in streams:
         next(stream)
-    with pytest.raises(TransferError, match="as many readers as it takes"):
+    with pytest.raises(TransferError, match="as many readers as it has threads for"):
         next(client.progress(b"endless"))
     assert client.status("shard-0").generation == 3
     for stream in streams:

@@ -34,7 +34,9 @@ from weightwire.cli.frame import (
     settings,
 )
 from weightwire.config import Settings
+from weightwire.engines.native.support import ROWS
 from weightwire.errors import AuthError, WeightwireError
+from weightwire.manifest.host_library import HostLibrary, loaded
 from weightwire.wire.metadata_client import MetadataStub
 
 PROBE_SECONDS = 60.0
@@ -71,6 +73,9 @@ def doctor(
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", min=1, help="Bound for each check that may hang.")
     ] = PROBE_SECONDS,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Print what may be loaded from a peer, and try nothing out.")
+    ] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> int:
@@ -80,6 +85,9 @@ def doctor(
     that the settings ask for does not.
     """
     begin(verbose=verbose)
+    if matrix:
+        _print_matrix(as_json=as_json)
+        return 0
     found = settings(url=url, secret_file=secret_file)
     checks = list(_examine(found, seconds))
     if as_json:
@@ -98,12 +106,26 @@ def _print(checks: list[Check]) -> None:
     out().print(table)
 
 
+def _print_matrix(*, as_json: bool) -> None:
+    rows = [dataclasses.asdict(row) for row in sorted(ROWS)]
+    if as_json:
+        out().print_json(json.dumps(rows))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    out().print(table)
+
+
 def _examine(found: Settings, seconds: float) -> Iterator[Check]:
     yield check_secret(found.secret_file)
     yield check_ports(found.bind, found.advertise)
     yield check_server(found)
     yield check_rdma(required=found.require_rdma)
     yield check_cuda(seconds)
+    yield check_digest()
     probes = {name: probe(name, seconds) for name in ("nixl", "tcp")}
     yield from judge_transports(probes, found)
 
@@ -172,6 +194,15 @@ def check_cuda(seconds: float) -> Check:
     """Whether torch sees GPUs."""
     found = probe("cuda", seconds)
     return Check(name="cuda", verdict=Verdict.OK if found["ok"] else Verdict.NOTE, detail=found["detail"])
+
+
+def check_digest(found: HostLibrary | str | None = None) -> Check:
+    """What digests host memory: the compiled library, or ``xxhash`` and why."""
+    library = loaded() if found is None else found
+    if isinstance(library, HostLibrary):
+        return Check(name="digest", verdict=Verdict.OK, detail=f"the compiled one ({library.way})")
+    detail = f"xxhash, several times slower than what can be compiled: {library}; install a C compiler, then weightwire"
+    return Check(name="digest", verdict=Verdict.NOTE, detail=detail)
 
 
 def judge_transports(probes: dict[str, dict[str, Any]], found: Settings) -> Iterator[Check]:

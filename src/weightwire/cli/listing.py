@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from weightwire.types import Coordinates
-from weightwire.wire.messages import SourceView
+from weightwire.wire.reports import SourceView
 
 SHORT = 12
 """Characters of an id in a table; the whole one is in the JSON."""

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 import typer
 
+from weightwire.cli.bench import app as bench
 from weightwire.cli.demo import demo
 from weightwire.cli.doctor import doctor
 from weightwire.cli.frame import FAILURE, INTERRUPTED, USAGE, VerboseOption, begin, show_error
 from weightwire.cli.inspect import inspect
 from weightwire.cli.run import run
 from weightwire.cli.serve import serve
+from weightwire.cli.simulate import simulate
 from weightwire.cli.sources import sources
 from weightwire.cli.version import version
 from weightwire.errors import WeightwireError
@@ -30,8 +32,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, run, serve, sources, inspect, doctor, version):
+for command in (demo, run, serve, sources, inspect, simulate, doctor, version):
     app.command()(command)
+app.add_typer(bench)
 
 
 @app.callback()

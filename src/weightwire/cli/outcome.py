@@ -55,6 +55,18 @@ class Outcome:
         return self.nbytes / elapsed / 1e9 if elapsed else 0.0
 
     @property
+    def draft_source(self) -> str:
+        """As ``source``, of the draft model; empty where there is none."""
+        drafts = [rank["draft"]["report"] for rank in self.ranks if "draft" in rank]
+        return "+".join(dict.fromkeys(report["source"] or "random" for report in drafts))
+
+    @property
+    def draft_misses(self) -> list[str]:
+        """As ``misses``, of the draft model."""
+        steps = (step for rank in self.ranks if "draft" in rank for step in rank["draft"]["report"]["steps"])
+        return _once(step["reason"] for step in steps if step["outcome"] != "ok" and step["reason"])
+
+    @property
     def metrics(self) -> list[str]:
         """Where each rank serves its metrics; empty where they were not asked for."""
         return [rank["metrics"] for rank in self.ranks if "metrics" in rank]
@@ -153,6 +165,7 @@ class Outcome:
         return {
             "name": self.name,
             "source": self.source,
+            "draft_source": self.draft_source,
             "verified": self.verified,
             "nbytes": self.nbytes,
             "gigabytes_per_second": self.gigabytes_per_second,

@@ -10,6 +10,7 @@ from rich.table import Table
 from weightwire.cli.listing import human_bytes, printable
 from weightwire.cli.outcome import PHASES, Outcome
 
+_ORIGINS = {"peer": "from a running replica", "disk": "from the disk", "random": "random numbers"}
 _LABELS = {
     "verify": "  verify, meanwhile",
     "publish": "publish, for others",
@@ -56,9 +57,7 @@ def origin(outcome: Outcome, names: Mapping[str, str]) -> str:
 
 def summary(outcome: Outcome) -> Iterator[tuple[str, str]]:
     """Label and text of each line that tells how one replica was loaded; warnings come last."""
-    yield "weights", _weights(outcome)
-    if outcome.source == "disk" and outcome.misses:
-        yield "no peer", "; ".join(outcome.misses)
+    yield from _origins(outcome)
     if outcome.nbytes:
         over = f" over {', '.join(outcome.paths)}" if outcome.paths else ""
         speed = f"{outcome.seconds.get('transfer', 0.0):.2f} s ({outcome.gigabytes_per_second:.2f} GB/s)"
@@ -78,6 +77,15 @@ def summary(outcome: Outcome) -> Iterator[tuple[str, str]]:
         yield "NOT published", reason
     for warning in outcome.notes:
         yield "WARNING", warning
+
+
+def _origins(outcome: Outcome) -> Iterator[tuple[str, str]]:
+    yield "weights", _weights(outcome)
+    if outcome.source == "disk" and outcome.misses:
+        yield "no peer", "; ".join(outcome.misses)
+    if outcome.draft_source:
+        why = f": {'; '.join(outcome.draft_misses)}" if outcome.draft_misses else ""
+        yield "draft", f"{_ORIGINS.get(outcome.draft_source, outcome.draft_source)}{why}"
 
 
 def _weights(outcome: Outcome) -> str:

@@ -56,7 +56,7 @@ class ReplicaProcess(Child):
     ) -> None:
         self._began = time.monotonic()
         self._bars = bars
-        for rank in range(int(options.get("tp", 1))):
+        for rank in range(int(options.get("tp", 1)) * int(options.get("pp", 1))):
             bars.show(f"rank {rank}", _label(rank, "starting"), 0, 0, "bytes")
         super().__init__(name, [MODULE, json.dumps(dict(options))], log=log, environ=environ, heard=self._moved)
 

@@ -35,7 +35,7 @@ from weightwire.errors import ConfigError, MetadataUnreachable, WeightwireError
 from weightwire.wire.metadata_client import MetadataStub
 
 SERVER_S = 5.0
-MAX_TP = 64
+MAX_RANKS = 64
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -86,7 +86,15 @@ ModelIdOption = Annotated[
         show_default=False,
     ),
 ]
-
+AmplificationOption = Annotated[
+    float,
+    typer.Option(
+        "--max-amplification",
+        metavar="TIMES",
+        min=0,
+        help="From peers with another --tp read at most so many times the bytes needed; 0: take nothing from those.",
+    ),
+]
 MetricsOption = Annotated[
     int | None,
     typer.Option(
@@ -98,68 +106,157 @@ MetricsOption = Annotated[
         show_default=False,
     ),
 ]
+MaxRateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-rate",
+        metavar="RATE",
+        help="Bandwidth cap: serve others at most so many bytes a second, each rank (200MB/s, 1.5GB, 10Gbit).",
+        show_default=False,
+    ),
+]
+MaxReadersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-readers",
+        metavar="N",
+        help="Serve at most so many processes at a time, each rank; others wait, or read elsewhere.",
+        show_default=False,
+    ),
+]
+RelayOption = Annotated[
+    bool, typer.Option("--relay/--no-relay", help="Pass on what is received from a peer while it is being received.")
+]
+TpOption = Annotated[int, typer.Option("--tp", metavar="N", min=1, max=MAX_RANKS, help="Tensor-parallel ranks.")]
+PpOption = Annotated[
+    int,
+    typer.Option(
+        "--pp", metavar="N", min=1, max=MAX_RANKS, help="Pipeline stages, which share layers; each has --tp ranks."
+    ),
+]
+EpOption = Annotated[
+    int,
+    typer.Option(
+        "--ep", metavar="N", min=1, max=MAX_RANKS, help="In so many groups the --tp ranks share a model's experts."
+    ),
+]
+AttentionDpOption = Annotated[
+    bool,
+    typer.Option(
+        "--attention-dp",
+        help="The --tp ranks share the rows of a batch and a model's experts; of the rest each has the whole.",
+    ),
+]
+MtpOption = Annotated[
+    bool, typer.Option("--mtp", help="With the model's layers for multi-token prediction (DeepSeek-V3).")
+]
+DraftOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--draft-model",
+        metavar="DIR",
+        help="Load this model besides, as the draft of MODEL; from a peer only if MODEL is.",
+        show_default=False,
+    ),
+]
+RevisionOption = Annotated[
+    str,
+    typer.Option(
+        "--revision", metavar="LABEL", help="Which weights, in your words; a peer must agree.", show_default=False
+    ),
+]
+PromptOption = Annotated[
+    str, typer.Option("--prompt", metavar="TEXT", help="Answer this once it is loaded.", show_default=False)
+]
+MaxTokensOption = Annotated[
+    int, typer.Option("--max-tokens", metavar="N", min=1, max=8192, help="Length of the answer at most.")
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of parameters and computation.")]
+LayoutOption = Annotated[Layout, typer.Option("--kernel-layout", help="How kernels want weights.")]
+WeightsIdOption = Annotated[
+    str,
+    typer.Option("--weights-id", metavar="ID", help="Take exactly these weights from peers.", show_default=False),
+]
+LatestOption = Annotated[
+    bool, typer.Option("--latest", help="Where peers hold several weights, take those with the highest ordinal.")
+]
+UnpinnedOption = Annotated[
+    bool, typer.Option("--accept-unpinned", help="Without --revision: take what a peer has, whatever it is.")
+]
+OnMissOption = Annotated[
+    OnMiss | None,
+    typer.Option("--on-miss", help="Where no peer serves: read the disk (default) or fail.", show_default=False),
+]
+OnceOption = Annotated[bool, typer.Option("--once", help="End after the answer instead of serving others.")]
 
 
 def run(
     *,
     model: ModelArgument,
-    tp: Annotated[int, typer.Option("--tp", metavar="N", min=1, max=MAX_TP, help="Tensor-parallel ranks.")] = 1,
+    tp: TpOption = 1,
+    pp: PpOption = 1,
+    ep: EpOption = 1,
+    attention_dp: AttentionDpOption = False,
+    mtp: MtpOption = False,
+    draft_model: DraftOption = None,
     load_format: FormatOption = Format.AUTO,
     url: UrlOption = None,
     model_id: ModelIdOption = "",
-    revision: Annotated[
-        str,
-        typer.Option(
-            "--revision", metavar="LABEL", help="Which weights, in your words; a peer must agree.", show_default=False
-        ),
-    ] = "",
-    prompt: Annotated[
-        str, typer.Option("--prompt", metavar="TEXT", help="Answer this once it is loaded.", show_default=False)
-    ] = "",
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", min=1, max=8192, help="Length of the answer at most.")
-    ] = 64,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of parameters and computation.")] = Dtype.BFLOAT16,
-    kernel_layout: Annotated[Layout, typer.Option("--kernel-layout", help="How kernels want weights.")] = Layout.PLAIN,
-    weights_id: Annotated[
-        str,
-        typer.Option("--weights-id", metavar="ID", help="Take exactly these weights from peers.", show_default=False),
-    ] = "",
-    latest: Annotated[
-        bool, typer.Option("--latest", help="Where peers hold several weights, take those with the highest ordinal.")
-    ] = False,
-    accept_unpinned: Annotated[
-        bool, typer.Option("--accept-unpinned", help="Without --revision: take what a peer has, whatever it is.")
-    ] = False,
-    on_miss: Annotated[
-        OnMiss | None,
-        typer.Option("--on-miss", help="Where no peer serves: read the disk (default) or fail.", show_default=False),
-    ] = None,
-    once: Annotated[bool, typer.Option("--once", help="End after the answer instead of serving others.")] = False,
+    revision: RevisionOption = "",
+    prompt: PromptOption = "",
+    max_tokens: MaxTokensOption = 64,
+    dtype: DtypeOption = Dtype.BFLOAT16,
+    kernel_layout: LayoutOption = Layout.PLAIN,
+    weights_id: WeightsIdOption = "",
+    latest: LatestOption = False,
+    accept_unpinned: UnpinnedOption = False,
+    on_miss: OnMissOption = None,
+    once: OnceOption = False,
+    max_rate: MaxRateOption = None,
+    max_readers: MaxReadersOption = None,
+    max_amplification: AmplificationOption = 2.0,
+    relay: RelayOption = True,
     metrics_port: MetricsOption = None,
     secret_file: SecretOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Start a replica of a Llama-shaped model, say where its weights came from, answer, and serve them to others.
+    """Start a replica of a model (docs/support-matrix.md), say where its weights came from, answer, and serve others.
 
     It serves until Ctrl-C or SIGTERM; with --once, or without a metadata server, it ends after the answer. The first
     replica reads the disk (auto); later ones take their weights from it (presharded) and serve them, too.
     """
     begin(verbose=verbose)
-    found = settings(url=url, secret_file=secret_file, on_miss=on_miss, accept_unpinned=accept_unpinned or None)
-    _check(model, load_format, prompt, found)
+    found = settings(
+        url=url,
+        secret_file=secret_file,
+        on_miss=on_miss,
+        accept_unpinned=accept_unpinned or None,
+        max_rate=max_rate,
+        max_readers=max_readers,
+    )
+    _check_ranks(tp, pp, ep, attention_dp=attention_dp)
+    _check(model, draft_model, load_format, prompt, found)
     options = {
         "model": str(model),
         "model_id": model_id or model.resolve().name,
         "revision": revision or None,
         "tp": tp,
+        "pp": pp,
+        "ep": ep,
+        "attention_dp": attention_dp,
+        "mtp": mtp,
+        "draft_model": "" if draft_model is None else str(draft_model),
         "load_format": load_format.value,
         "dtype": dtype.value,
         "kernel_layout": kernel_layout.value,
         "weights_id": weights_id,
         "latest": latest,
+        "max_amplification": max_amplification,
         "metrics_port": metrics_port,
+        "max_rate": found.max_rate,
+        "max_readers": found.max_readers,
+        "relay": relay,
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(sigterm_interrupts())
@@ -193,10 +290,20 @@ def environment(found: Settings) -> dict[str, str]:
     return told
 
 
-def _check(model: Path, load_format: Format, prompt: str, found: Settings) -> None:
+def _check_ranks(tp: int, pp: int, ep: int, *, attention_dp: bool) -> None:
+    if tp * pp > MAX_RANKS:
+        raise ConfigError(f"--tp {tp} and --pp {pp} make {tp * pp} ranks", f"start at most {MAX_RANKS}")
+    if tp % ep:
+        raise ConfigError(f"--tp {tp} ranks cannot share experts in {ep} groups", "give an --ep that divides --tp")
+    if attention_dp and tp == 1:
+        raise ConfigError("--attention-dp needs ranks that share a batch", "give --tp 2 or more, or leave it out")
+
+
+def _check(model: Path, draft_model: Path | None, load_format: Format, prompt: str, found: Settings) -> None:
     """Refuse at once what would only fail after the processes have started."""
-    if not model.is_dir():
-        raise ConfigError(f"{model} is not a directory", "give one with config.json, tokenizer and, if any, weights")
+    for directory in filter(None, (model, draft_model)):
+        if not directory.is_dir():
+            raise ConfigError(f"{directory} is not a directory", "give one with config.json and, if any, weights")
     if prompt and not (model / "tokenizer.json").exists():
         raise ConfigError(f"{model} has no tokenizer.json", "put the model's tokenizer there, or leave --prompt out")
     if load_format is Format.PRESHARDED:

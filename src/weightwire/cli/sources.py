@@ -24,8 +24,8 @@ from weightwire.cli.frame import (
 )
 from weightwire.cli.listing import rows, table, to_json
 from weightwire.errors import MetadataUnreachable
-from weightwire.wire.messages import SourceView
 from weightwire.wire.metadata_client import MetadataStub
+from weightwire.wire.reports import SourceView
 
 ANSWER_SECONDS = 5.0
 

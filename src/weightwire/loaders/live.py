@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from weightwire.config import OnMiss
-from weightwire.errors import CheckpointError, FenceTimeout, LoadError, WeightwireError
+from weightwire.errors import CheckpointError, FenceTimeout, LoadError, NoSourceError, WeightwireError
 from weightwire.manifest import state as declared
 from weightwire.manifest.catalogue import ConstructionNames, catalogue
 from weightwire.manifest.records import Manifest
@@ -37,7 +37,8 @@ class LiveCheckpointLoader:
 
     Attributes:
         disk: reads a checkpoint directory.
-        receive: makes the receiver for a config, or ``None`` where nothing is to be asked for (a pure source).
+        receive: makes the receiver for a config, or ``None`` where nothing is to be asked for (a pure source);
+            raises ``NoSourceError`` where nothing may be.
         on_miss: what to do where no peer can serve.
         names: gives the names captured at construction, once the model was constructed.
         report: of the load, whichever way it went.
@@ -63,7 +64,11 @@ class LiveCheckpointLoader:
         Raises:
             LoadError: no source, and the disk is not to be read.
         """
-        receiver = self.receive(config)
+        try:
+            receiver = self.receive(config)
+        except NoSourceError as error:  # no peer is to be asked
+            self._miss(error)
+            return self.disk.build_facts(checkpoint_dir, config)
         if receiver is None:
             return self.disk.build_facts(checkpoint_dir, config)
         self.report = receiver.report

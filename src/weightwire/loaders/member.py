@@ -13,6 +13,7 @@ from weightwire.config import Settings
 from weightwire.errors import ConfigError, PublishError
 from weightwire.metadata.client import MetadataClient
 from weightwire.metadata.endpoints import check_endpoint, local_address
+from weightwire.source.caps import Caps
 from weightwire.source.node import Node
 from weightwire.target.reader import Reader
 from weightwire.transport.base import ReadGate, Transport
@@ -92,9 +93,10 @@ class Member:
 
     def _serve(self) -> Node:
         advertise = self.settings.advertise or self._bind
+        caps = Caps(max_rate=self.settings.max_rate, max_readers=self.settings.max_readers)
 
         def open_all(gates: Callable[[str], ReadGate]) -> Mapping[str, Transport]:
-            return open_transports(self.settings, self.secret, gates, self._bind, advertise).transports
+            return open_transports(self.settings, self.secret, gates, self._bind, advertise, caps.pacer).transports
 
         node = Node(
             metadata=self.metadata,
@@ -103,6 +105,7 @@ class Member:
             open_transports=open_all,
             bind=self._bind,
             advertise=advertise,
+            caps=caps,
         )
         try:
             for endpoint in node.endpoints:

@@ -1,10 +1,11 @@
-"""The library's two verbs for any ``nn.Module``: ``publish`` and ``receive``."""
+"""The library's verbs for any ``nn.Module``: ``publish``, ``receive``, and both at once: ``relay``."""
 
 from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,7 +15,8 @@ from weightwire.config import Settings
 from weightwire.errors import ConfigError, WeightwireError
 from weightwire.identity.identity import Identity
 from weightwire.loaders.member import Member
-from weightwire.manifest.catalogue import ConstructionNames, catalogue
+from weightwire.loaders.relay import PublicationRelay
+from weightwire.manifest.catalogue import Catalogue, ConstructionNames, catalogue
 from weightwire.metadata.decision import DEFAULT_VOTE_S, DecisionStore, Group, TorchDecisions
 from weightwire.observability.progress import Progress, silent
 from weightwire.source.described import Claim
@@ -25,7 +27,7 @@ from weightwire.target.discover import give_up
 from weightwire.target.offer import Want
 from weightwire.target.receiver import Receiver
 from weightwire.target.report import LoadReport
-from weightwire.types import Coordinates
+from weightwire.types import Coordinates, Stage
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +37,19 @@ class Published:
 
     Attributes:
         report: what was published.
+        received: how the module got its weights, where ``relay`` filled it.
     """
 
-    def __init__(self, member: Member, publication: Publication, report: PublishReport, module: nn.Module) -> None:
+    def __init__(
+        self,
+        member: Member,
+        publication: Publication,
+        report: PublishReport,
+        module: nn.Module,
+        received: LoadReport | None = None,
+    ) -> None:
         self.report = report
+        self.received = received
         self._member = member
         self._publication = publication
         self._module = module
@@ -180,37 +191,83 @@ def receive(  # noqa: PLR0913  (as publish)
     """
     wanted = [identity] if isinstance(identity, Identity) else list(identity)
     where, ranks_ = _alone(wanted[0], coordinates, group)
-    group_ = ranks_.at("receive")
-    try:
-        chosen = _settings(settings, url)
-        member = Member(chosen, serves=False)
-    except WeightwireError as error:
-        give_up(group_, error)
-        raise
-    want = Want(
-        stages={each.stage: each for each in wanted},
-        coordinates=where,
-        pinned=weights_id,
-        latest=latest,
-        accept_unpinned=chosen.accept_unpinned,
-        has_disk=has_fallback,
-    )
+    member = _member(settings, url, ranks_, serves=False)
+    want = _want(wanted, where, member.settings)
+    want = replace(want, pinned=weights_id, latest=latest, has_disk=has_fallback)
     with member:
-        receiver = Receiver(reader=member.reader, want=want, group=group_, progress=progress)
-        receiver.report.warnings += [
-            f"{name} is not available: {why}" for name, why in member.reader.unavailable.items()
-        ]
-        try:
-            receiver.find()
-        except WeightwireError as error:
-            log.info("nothing was received: %s", error)
-            raise
-        try:
-            described = catalogue(module, names, classes=classes)
-        except WeightwireError as error:
-            receiver.decline(error)
-            raise
-        return receiver.fill(described)
+        receiver = Receiver(reader=member.reader, want=want, group=ranks_.at("receive"), progress=progress)
+        _fill(receiver, lambda: catalogue(module, names, classes=classes))
+    return receiver.report
+
+
+def relay(  # noqa: PLR0913  (as publish)
+    module: nn.Module,
+    identity: Identity | Sequence[Identity],
+    *,
+    url: str | None = None,
+    coordinates: Coordinates | None = None,
+    group: Group | None = None,
+    names: ConstructionNames | None = None,
+    classes: Mapping[str, str] | None = None,
+    weights_id: str = "",
+    latest: bool = False,
+    has_fallback: bool = False,
+    settings: Settings | None = None,
+    progress: Progress = silent,
+) -> Published:
+    """``receive`` and ``publish`` in one: what arrives is passed on to others at once, and offered when all is there.
+
+    Replicas that start together this way take little more than one shard from their source. As for ``publish``, the
+    module must not change its weights until it is paused or withdrawn; ``received`` tells how it was filled.
+
+    Args:
+        module: as for ``receive``.
+        identity: as for ``receive``.
+        url: as for ``receive``.
+        coordinates: as for ``receive``.
+        group: as for ``receive``.
+        names: as for ``receive``.
+        classes: as for ``receive``.
+        weights_id: as for ``receive``.
+        latest: as for ``receive``.
+        has_fallback: as for ``receive``.
+        settings: as for ``receive``.
+        progress: as for ``receive``.
+
+    Raises:
+        WeightwireError: as ``receive``, and as ``publish``; nothing is offered then.
+    """
+    wanted = [identity] if isinstance(identity, Identity) else list(identity)
+    where, ranks_ = _alone(wanted[0], coordinates, group)
+    member = _member(settings, url, ranks_, serves=True)
+    want = _want(wanted, where, member.settings)
+    want = replace(want, pinned=weights_id, latest=latest, has_disk=has_fallback)
+    announced: list[Publication] = []
+
+    def announce(stage: Stage) -> Publication:
+        claim = Claim(
+            identity=want.stages[stage],
+            coordinates=where,
+            world_size=ranks_.size,
+            replica_incarnation=str(ranks_.once("replica", uuid.uuid4().hex)),
+        )
+        announced.append(member.node.announce(claim))
+        return announced[-1]
+
+    try:
+        passing_on = PublicationRelay(lambda offer: announce(offer.choice.stage))
+        receiver = Receiver(
+            reader=member.reader, want=want, group=ranks_.at("receive"), progress=progress, relay=passing_on
+        )
+        described = _fill(receiver, lambda: catalogue(module, names, classes=classes))
+        if announced[-1].over and not passing_on.broken:  # derived tensors came from another peer after all
+            again = announce(announced[-1].claim.identity.stage)
+            again.learn(receiver.header.build_facts, receiver.header.ordinal)
+        report = publish_shard(announced[-1], described, ranks_, manifest=receiver.manifest, progress=progress)
+    except BaseException:
+        member.close()
+        raise
+    return Published(member, announced[-1], report, module, receiver.report)
 
 
 def ranks(store: Any, rank: int, size: int, epoch: str = "0", vote_s: float = DEFAULT_VOTE_S) -> Group:
@@ -226,6 +283,39 @@ def ranks(store: Any, rank: int, size: int, epoch: str = "0", vote_s: float = DE
     """
     decisions: DecisionStore = store if hasattr(store, "record") else TorchDecisions(store)
     return Group(decisions, rank, size, epoch, vote_s)
+
+
+def _member(settings: Settings | None, url: str | None, ranks_: Group, *, serves: bool) -> Member:
+    """This process; where it cannot be one, the other ranks are told that it will not come."""
+    try:
+        return Member(_settings(settings, url), serves=serves)
+    except WeightwireError as error:
+        give_up(ranks_.at("receive"), error)
+        raise
+
+
+def _want(wanted: Sequence[Identity], where: Coordinates, settings: Settings) -> Want:
+    return Want(
+        stages={each.stage: each for each in wanted}, coordinates=where, accept_unpinned=settings.accept_unpinned
+    )
+
+
+def _fill(receiver: Receiver, describe: Callable[[], Catalogue]) -> Catalogue:
+    """Find, then fill what ``describe`` gives; all of it in the receiver's report."""
+    reader = receiver.reader
+    receiver.report.warnings += [f"{name} is not available: {why}" for name, why in reader.unavailable.items()]
+    try:
+        receiver.find()
+    except WeightwireError as error:
+        log.info("nothing was received: %s", error)
+        raise
+    try:
+        described = describe()
+    except WeightwireError as error:
+        receiver.decline(error)
+        raise
+    receiver.fill(described)
+    return described
 
 
 def _settings(settings: Settings | None, url: str | None) -> Settings:

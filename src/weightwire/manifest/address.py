@@ -7,11 +7,18 @@ logical offsets, so a request names logical bytes and each side finds its own me
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from weightwire.types import Span
+
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,29 @@ class Region:
     address: int
     nbytes: int
     device: str
+
+
+class Columns(NamedTuple):
+    """Segments as arrays, in logical order: for shards of so many tensors that an object for each would be felt.
+
+    Attributes:
+        offsets: logical offsets.
+        addresses: where the bytes are.
+        sizes: in bytes.
+        homes: index into ``devices`` of each.
+        devices: ``cpu``, ``cuda:N``.
+    """
+
+    offsets: Numbers
+    addresses: Numbers
+    sizes: Numbers
+    homes: Numbers
+    devices: tuple[str, ...]
+
+    def part(self, first: int, last: int) -> Columns:
+        """A copy of the segments numbered ``[first, last)``."""
+        offsets, addresses = self.offsets[first:last].copy(), self.addresses[first:last].copy()
+        return Columns(offsets, addresses, self.sizes[first:last].copy(), self.homes[first:last].copy(), self.devices)
 
 
 class AddressSpace:
@@ -71,6 +101,36 @@ class AddressSpace:
         last = self.segments[-1]
         return Span(self.segments[0].offset, last.offset + last.nbytes - self.segments[0].offset)
 
+    def columns(self, span: Span) -> Columns:
+        """``slices`` as arrays, which are the caller's own.
+
+        Raises:
+            IndexError: ``span`` is not inside this space.
+        """
+        if span.nbytes == 0:
+            return self._columns.part(0, 0)
+        self._check(span)
+        first = bisect.bisect_right(self._offsets, span.offset) - 1
+        part = self._columns.part(first, bisect.bisect_left(self._offsets, span.end, first))
+        before = span.offset - part.offsets[0]
+        part.offsets[0] += before
+        part.addresses[0] += before
+        part.sizes[0] -= before
+        part.sizes[-1] = span.end - part.offsets[-1]
+        return part
+
+    @functools.cached_property
+    def _columns(self) -> Columns:
+        devices = tuple(dict.fromkeys(segment.device for segment in self.segments))
+        home = {device: at for at, device in enumerate(devices)}
+        rows = [(s.offset, s.address, s.nbytes, home[s.device]) for s in self.segments]
+        table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+        return Columns(table[:, 0], table[:, 1], table[:, 2], table[:, 3], devices)
+
+    def _check(self, span: Span) -> None:
+        if span.nbytes < 0 or span.offset < self.span.offset or span.end > self.span.end:
+            raise IndexError(f"bytes {span.offset}..{span.end} are outside {self.span.offset}..{self.span.end}")
+
     def slices(self, span: Span) -> list[Segment]:
         """The memory of ``span``, in logical order.
 
@@ -79,8 +139,7 @@ class AddressSpace:
         """
         if span.nbytes == 0:
             return []
-        if span.nbytes < 0 or span.offset < self.span.offset or span.end > self.span.end:
-            raise IndexError(f"bytes {span.offset}..{span.end} are outside {self.span.offset}..{self.span.end}")
+        self._check(span)
         found = []
         at = bisect.bisect_right(self._offsets, span.offset) - 1
         while at < len(self.segments) and self.segments[at].offset < span.end:

@@ -6,11 +6,9 @@ binding change nothing. Tensors are grouped by the bytes that they cover; ties a
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import gc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +19,9 @@ from weightwire.manifest import state as declared
 from weightwire.manifest.address import AddressSpace
 from weightwire.manifest.binding import bind
 from weightwire.manifest.classes import Classifier
+from weightwire.manifest.collection import no_collection
 from weightwire.manifest.construction import ConstructionNames, capture
+from weightwire.manifest.declared_sharding import ShardDeclarations
 from weightwire.manifest.footprint import Footprint, measure
 from weightwire.manifest.leaves import canonical_order
 from weightwire.manifest.naming import Named, Stale, name_groups
@@ -97,6 +97,7 @@ class Catalogue:
         """This module's memory under its own layout's logical byte string."""
         return self.bind(self.layout)
 
+    @no_collection()
     def bind(self, layout: Layout) -> AddressSpace:
         """This module's memory under ``layout``'s logical byte string; ``layout`` is one that ``plan`` accepted.
 
@@ -180,7 +181,7 @@ def catalogue(
         CatalogueError: something has no exact description: a tensor of no class, without plain bytes, overlapping in
             part, or sharing storage with runtime state. Names it.
     """
-    with _no_collection(), torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001  (plain data of subclasses)
+    with no_collection(), torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001  (plain data of subclasses)
         paths = module_paths(module, names.modules if names else ())
         held = _held(paths)
         classify = Classifier(classes or {})
@@ -193,26 +194,9 @@ def catalogue(
             for slot, kind in zip(held, kinds, strict=True)
             if slot.tensor is None and kind is not TensorClass.RUNTIME
         )
-        layout = Layout(
-            entries=canonical_order(item.entry for item in named), state=declared.collect(paths), absent=tuple(absent)
-        )
+        sharded = map(ShardDeclarations(), named)
+        layout = Layout(entries=canonical_order(sharded), state=declared.collect(paths), absent=tuple(absent))
         return _assemble(layout, named)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pause the cycle collector.
-
-    The walk makes many small objects and no cycles, and a full collection of a heap with a model in it costs more
-    than the walk itself.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _held(paths: Mapping[str, nn.Module]) -> list[Slot]:

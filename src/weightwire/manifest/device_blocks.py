@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from weightwire.manifest.address import Segment
+from weightwire.manifest.records import BLOCK_BYTES
 from weightwire.types import Span
 
-BLOCK_BYTES = 64 * 1024
 ALIGNMENT = 16
 """What the address of a block must be a multiple of to be hashed where it lies."""
 

@@ -19,10 +19,11 @@ import xxhash
 
 from weightwire.manifest import device_kernel
 from weightwire.manifest.address import AddressSpace, Segment
-from weightwire.manifest.device_blocks import BLOCK_BYTES, Blocks, Column, Pieces
+from weightwire.manifest.device_blocks import Blocks, Column, Pieces
 from weightwire.manifest.device_kernel import Kernel
 from weightwire.manifest.device_memory import tensor_at
 from weightwire.manifest.leaves import LEAF_BYTES
+from weightwire.manifest.records import BLOCK_BYTES
 from weightwire.types import Span
 
 STRIPE_BYTES = 32
@@ -164,7 +165,8 @@ def _own_stream(device: str) -> Iterator[None]:
     if stream is None:
         stream = _streams.made[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    # first the device: to leave a stream of another device than the thread's makes a context on the thread's
+    with torch.cuda.device(device), torch.cuda.stream(stream):
         yield
 
 

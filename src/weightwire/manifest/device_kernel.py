@@ -19,8 +19,9 @@ import numpy as np
 import torch
 import xxhash
 
-from weightwire.manifest.device_blocks import BLOCK_BYTES, Column
+from weightwire.manifest.device_blocks import Column
 from weightwire.manifest.device_compiler import Module
+from weightwire.manifest.records import BLOCK_BYTES
 
 logger = logging.getLogger(__name__)
 

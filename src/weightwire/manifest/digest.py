@@ -3,25 +3,25 @@
     leaf digest = XXH3-128( le64(XXH64(block 0, seed 0)) ‖ le64(XXH64(block 1, seed 0)) ‖ … )
 
 over the leaf's *logical* bytes, so it does not depend on where they lie, on segments, chunks, gaps or devices. Host
-memory is hashed here; memory of a device by ``device_digest``, which gives equal values. It finds accidents, not lies.
+memory is hashed by ``host_digest``; memory of a device by ``device_digest``, which gives equal values. It finds
+accidents, not lies.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
-import xxhash
+import numpy as np
 
 from weightwire.manifest import device_digest
 from weightwire.manifest.address import AddressSpace, Segment
-from weightwire.manifest.device_blocks import BLOCK_BYTES
 from weightwire.manifest.device_digest import SpanDigests
 from weightwire.manifest.device_memory import tensor_at
-from weightwire.manifest.memory import view
+from weightwire.manifest.host_digest import ArrivingDigests, HostDigests
 from weightwire.manifest.records import Leaf
 from weightwire.types import Span
 
@@ -40,7 +40,7 @@ def digest_span(memory: AddressSpace, span: Span) -> bytes:
     segments = memory.slices(span)
     devices = {segment.device for segment in segments}
     if devices <= {_HOST}:
-        return _host(segments)
+        return HostDigests(memory, [span]).of(0, 1)
     if len(devices) == 1:
         return device_digest.digest_spans(memory, [span])
     return digest_bytes(b"".join(_fetched(segment) for segment in segments))
@@ -48,9 +48,9 @@ def digest_span(memory: AddressSpace, span: Span) -> bytes:
 
 def digest_bytes(data: bytes | bytearray | memoryview) -> bytes:
     """Digest of a leaf whose bytes were gathered elsewhere, such as in a bounce buffer; one contiguous buffer."""
-    flat = memoryview(data).cast("B")
-    hashes = (xxhash.xxh64_intdigest(flat[at : at + BLOCK_BYTES]) for at in range(0, len(flat), BLOCK_BYTES))
-    return _combine(hashes)
+    flat = np.frombuffer(data, dtype=np.uint8)
+    segments = [Segment(0, flat.ctypes.data, flat.nbytes, _HOST)] if flat.nbytes else []
+    return HostDigests(AddressSpace(segments, (), flat), [Span(0, flat.nbytes)]).of(0, 1)
 
 
 def digest_leaves(
@@ -69,13 +69,13 @@ def digest_leaves(
     """
     groups = list(_groups(memory, leaves))
     if threads <= 1 or len(groups) <= 1:
-        return b"".join(_reported(map(_group_digests, groups), groups, progress))
+        return b"".join(_reported((group.digests() for group in groups), groups, progress))
     with ThreadPoolExecutor(threads, thread_name_prefix="digest") as pool:
-        return b"".join(_reported(pool.map(_group_digests, groups), groups, progress))
+        return b"".join(_reported(pool.map(lambda group: group.digests(), groups), groups, progress))
 
 
 class LeafDigests:
-    """Digests of runs of neighbouring leaves, asked for again and again. Safe to use from several threads.
+    """Digests of runs of neighbouring leaves that have just arrived. Safe to use from several threads.
 
     Args:
         memory: where the bytes are; kept alive by the caller.
@@ -89,8 +89,7 @@ class LeafDigests:
         self._memory = memory
         self._leaves = leaves
         home = _device(memory, leaves)
-        one_device = home not in {_HOST, _MIXED}
-        self._tables = SpanDigests(memory, [leaf.span for leaf in leaves]) if one_device else None
+        self._tables = None if home == _MIXED else _tables(memory, leaves, home, hot=True)
 
     def of(self, leaves: range) -> bytes:
         """Digests of the leaves numbered ``leaves`` (step 1), one after the other."""
@@ -98,28 +97,59 @@ class LeafDigests:
             return self._tables.of(leaves.start, leaves.stop)
         return digest_leaves(self._memory, self._leaves[leaves.start : leaves.stop])
 
+    def arriving(self, leaves: range) -> ArrivingDigests | None:
+        """The same for bytes that a socket is about to bring; None where they cannot be hashed on their way."""
+        if isinstance(self._tables, HostDigests):
+            return self._tables.arriving(leaves.start, leaves.stop)
+        return None
+
 
 _HOST_GROUP = 8
 """Leaves a thread takes at a time: enough that handing them out costs nothing."""
 
 _HOST = "cpu"
 _MIXED = "several devices"
-_Group = tuple[AddressSpace, Sequence[Leaf], str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Leaves that are digested in one go: few on the host, many on a device."""
+
+    digests: Callable[[], bytes]
+    nbytes: int
 
 
 def _groups(memory: AddressSpace, leaves: Sequence[Leaf]) -> Iterator[_Group]:
-    """Leaves that are digested in one go, and where they lie: few on the host, many on a device."""
     home = _device(memory, leaves)
     if home != _MIXED:
         yield from _batches(memory, leaves, home)
         return
     for device, run in itertools.groupby(leaves, lambda leaf: _device(memory, [leaf])):
-        yield from _batches(memory, list(run), device)
+        if device != _MIXED:
+            yield from _batches(memory, list(run), device)
+            continue
+        for leaf in run:
+            yield _Group(functools.partial(digest_span, memory, leaf.span), leaf.span.nbytes)
 
 
 def _batches(memory: AddressSpace, leaves: Sequence[Leaf], device: str) -> Iterator[_Group]:
-    step = _HOST_GROUP if device in {_HOST, _MIXED} else device_digest.batch_leaves(device)
-    return ((memory, leaves[at : at + step], device) for at in range(0, len(leaves), step))
+    if device == _HOST:
+        tables = _tables(memory, leaves, device)
+        for at in range(0, len(leaves), _HOST_GROUP):
+            end = min(at + _HOST_GROUP, len(leaves))
+            yield _Group(functools.partial(tables.of, at, end), _nbytes(leaves[at:end]))
+        return
+    step = device_digest.batch_leaves(device)
+    for at in range(0, len(leaves), step):
+        spans = [leaf.span for leaf in leaves[at : at + step]]
+        yield _Group(functools.partial(device_digest.digest_spans, memory, spans), _nbytes(leaves[at : at + step]))
+
+
+def _tables(
+    memory: AddressSpace, leaves: Sequence[Leaf], device: str, *, hot: bool = False
+) -> HostDigests | SpanDigests:
+    spans = [leaf.span for leaf in leaves]
+    return HostDigests(memory, spans, hot=hot) if device == _HOST else SpanDigests(memory, spans)
 
 
 def _device(memory: AddressSpace, leaves: Sequence[Leaf]) -> str:
@@ -131,78 +161,16 @@ def _device(memory: AddressSpace, leaves: Sequence[Leaf]) -> str:
     return _MIXED if len(devices) > 1 else next(iter(devices), _HOST)
 
 
-def _group_digests(group: _Group) -> bytes:
-    memory, leaves, device = group
-    if device in {_HOST, _MIXED}:
-        return b"".join(digest_span(memory, leaf.span) for leaf in leaves)
-    return device_digest.digest_spans(memory, [leaf.span for leaf in leaves])
-
-
 def _reported(results: Iterator[bytes], groups: Sequence[_Group], progress: Progress | None) -> Iterator[bytes]:
-    for result, (_, leaves, _) in zip(results, groups, strict=True):
+    for result, group in zip(results, groups, strict=True):
         if progress is not None:
-            progress(sum(leaf.span.nbytes for leaf in leaves))
+            progress(group.nbytes)
         yield result
 
 
-def _host(segments: Sequence[Segment]) -> bytes:
-    if len(segments) == 1:
-        return _combine(_block_hashes(segments[0].address, segments[0].nbytes))
-    return _combine(_streamed(segments))
-
-
-def _block_hashes(address: int, nbytes: int) -> Iterator[int]:
-    for at in range(0, nbytes, BLOCK_BYTES):
-        yield _xxh64(address + at, min(BLOCK_BYTES, nbytes - at))
-
-
-def _streamed(segments: Sequence[Segment]) -> Iterator[int]:
-    """Hashes of blocks that may span several segments: streaming where they do, in one call where they do not."""
-    hasher, filled = xxhash.xxh64(), 0
-    for segment in segments:
-        at = 0
-        while at < segment.nbytes:
-            step = min(BLOCK_BYTES - filled, segment.nbytes - at)
-            if step == BLOCK_BYTES:
-                yield _xxh64(segment.address + at, step)
-            else:
-                hasher.update(view(segment.address + at, step))
-                filled += step
-                if filled == BLOCK_BYTES:
-                    yield hasher.intdigest()
-                    hasher, filled = xxhash.xxh64(), 0
-            at += step
-    if filled:
-        yield hasher.intdigest()
-
-
-def _combine(hashes: Iterator[int]) -> bytes:
-    return xxhash.xxh3_128_digest(b"".join(value.to_bytes(8, "little") for value in hashes))
+def _nbytes(leaves: Sequence[Leaf]) -> int:
+    return sum(leaf.span.nbytes for leaf in leaves)
 
 
 def _fetched(segment: Segment) -> bytes:
     return bytes(tensor_at(segment.address, segment.nbytes, segment.device).cpu().numpy())
-
-
-def _slow_xxh64(address: int, nbytes: int) -> int:
-    return xxhash.xxh64_intdigest(view(address, nbytes))
-
-
-def _native_xxh64() -> Callable[[int, int], int]:
-    """The C function behind ``xxhash``, because the module keeps the interpreter locked for blocks of 64 KiB.
-
-    Where a build does not export it, or it does not give the known value, the module's own function is used.
-    """
-    try:
-        function = ctypes.CDLL(importlib.import_module("xxhash._xxhash").__file__).XXH64
-    except (ImportError, OSError, AttributeError):
-        return _slow_xxh64
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64)
-    function.restype = ctypes.c_uint64
-    probe = ctypes.create_string_buffer(bytes(range(256)))
-    if function(ctypes.addressof(probe), 256, 0) != xxhash.xxh64_intdigest(bytes(range(256))):
-        return _slow_xxh64
-    return lambda address, nbytes: int(function(address, nbytes, 0))
-
-
-_xxh64 = _native_xxh64()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from weightwire.manifest.collection import no_collection
 from weightwire.manifest.records import Entry, Layout, Leaf
 from weightwire.types import Span, TensorClass
 
@@ -24,6 +25,7 @@ def canonical_order(entries: Iterable[Entry]) -> tuple[Entry, ...]:
     return tuple(sorted(entries, key=_rank))
 
 
+@no_collection()
 def cut(entries: Sequence[Entry]) -> tuple[Leaf, ...]:
     """The leaves of ``entries``, which are in canonical order.
 

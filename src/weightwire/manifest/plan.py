@@ -6,16 +6,19 @@ Every difference is found before the first byte moves. What comes from a peer is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from weightwire.errors import ManifestMismatch, ProtocolError
 from weightwire.manifest import state as declared
+from weightwire.manifest.collection import no_collection
 from weightwire.manifest.dtypes import ITEM_BYTES
 from weightwire.manifest.leaves import canonical_order, count_leaves
 from weightwire.manifest.orders import canonical_dims
 from weightwire.manifest.records import DIGEST_BYTES, Entry, Layout, Manifest, View
+from weightwire.manifest.sharding import fault
 from weightwire.types import TensorClass
 
 MAX_NAMES = 1 << 20
@@ -45,17 +48,20 @@ class TransferPlan:
     copies: tuple[tuple[str, str], ...]
 
 
-def plan(expected: Layout, offered: Manifest) -> TransferPlan:
+@no_collection()
+def plan(expected: Layout, offered: Manifest, *, provisional: bool = False) -> TransferPlan:
     """Plan how a target of layout ``expected`` is filled from ``offered``, which may come from a stranger.
+
+    ``provisional``: it may be a manifest that has no digests yet.
 
     Raises:
         ProtocolError: ``offered`` is out of bounds or contradicts itself.
         ManifestMismatch: names, dtypes, shapes, order, class, ties, views, ``None``-ness or declared state differ;
             names the first few.
     """
-    validate_manifest(offered)
+    validate_manifest(offered, provisional=provisional)
     layout = offered.layout
-    _compare_names(expected, layout)
+    compare_names(expected, layout)
     theirs = {name: entry for entry in layout.entries for name in (entry.name, *entry.aliases)}
     problems = [line for entry in expected.entries for line in _entry_problems(entry, theirs)]
     problems += _view_problems(expected, layout) + declared.differences(expected.state, layout.state)
@@ -85,20 +91,33 @@ def validate(layout: Layout) -> None:
     declared.check(layout.state)
 
 
-def validate_manifest(manifest: Manifest) -> None:
-    """Check ``manifest`` and its layout; afterwards its leaves may be cut.
+@no_collection()
+def validate_manifest(manifest: Manifest, *, provisional: bool = False) -> None:
+    """Check ``manifest`` and its layout; afterwards the leaves of one with digests may be cut.
+
+    Args:
+        manifest: from a stranger.
+        provisional: it may be one. That has no digests that bound the number of its leaves: they may be cut once its
+            layout was compared with our own.
 
     Raises:
         ProtocolError: it is out of bounds, or has not one digest for each leaf.
     """
     validate(manifest.layout)
+    if provisional and manifest.provisional:
+        return
     leaves = count_leaves(manifest.layout.entries)
     _demand(
         len(manifest.digests) == leaves * DIGEST_BYTES, f"has {len(manifest.digests)} digest bytes, {leaves} leaves"
     )
 
 
-def _compare_names(expected: Layout, offered: Layout) -> None:
+def compare_names(expected: Layout, offered: Layout) -> None:
+    """Check that both sides have the same names, and the same ones without a tensor.
+
+    Raises:
+        ManifestMismatch: they have not; names the first few.
+    """
     ours, theirs = set(_all_names(expected)), set(_all_names(offered))
     _refuse_none(set(expected.absent) & theirs, "is None here but a tensor at the source")
     _refuse_none(ours & set(offered.absent), "is None at the source but a tensor here")
@@ -131,13 +150,22 @@ def _entry_problems(entry: Entry, theirs: Mapping[str, Entry]) -> list[str]:
     if len(homes) > 1:
         return [f"{' and '.join(group[:2])} are tied here, separate there: apply the source's build facts (untie)"]
     other = theirs[entry.name]
+    if _described(entry) == _described(other):
+        return []
     pairs = {
         "dtype": (entry.dtype, other.dtype),
         "shape": (list(entry.shape), list(other.shape)),
         "element order": (list(entry.order), list(other.order)),
         "class": (entry.kind.value, other.kind.value),
     }
-    return [f"{entry.name} has {what} {a} here and {b} at the source" for what, (a, b) in pairs.items() if a != b]
+    problems = [f"{entry.name} has {what} {a} here and {b} at the source" for what, (a, b) in pairs.items() if a != b]
+    if entry.sharding != other.sharding and None not in (entry.sharding, other.sharding):
+        problems.append(f"{entry.name} is another part of the whole tensor here than at the source")
+    return problems
+
+
+def _described(entry: Entry) -> tuple[object, ...]:
+    return entry.dtype, entry.shape, entry.order, entry.kind, entry.sharding
 
 
 def _view_problems(expected: Layout, offered: Layout) -> list[str]:
@@ -179,48 +207,63 @@ def _all_names(layout: Layout) -> list[str]:
 
 
 def _validate_entry(entry: Entry) -> None:
-    for name in (entry.name, *entry.aliases, *(view.name for view in entry.views)):
-        _validate_name(name)
-    what = repr(entry.name)
-    _demand(isinstance(entry.kind, TensorClass) and entry.kind is not TensorClass.RUNTIME, f"{what} has no class")
-    count = _validate_shape(what, entry.dtype, entry.shape)
-    _demand(_natural(entry.nbytes) and entry.nbytes == count * ITEM_BYTES[entry.dtype], f"{what} has the wrong size")
-    _validate_order(what, entry)
-    _demand(sorted(entry.aliases) == list(entry.aliases), f"{what} has unsorted aliases")
-    _demand([v.name for v in entry.views] == sorted(v.name for v in entry.views), f"{what} has unsorted views")
-    for view in entry.views:
-        _validate_view(entry, view)
+    """Nothing is put into words for an entry that is right: there may be many thousand."""
+    name = entry.name
+    _validate_name(name)
+    for other in (*entry.aliases, *(view.name for view in entry.views)):
+        _validate_name(other)
+    if not isinstance(entry.kind, TensorClass) or entry.kind is TensorClass.RUNTIME:
+        raise _wrong(f"{name!r} has no class")
+    count = _validate_shape(name, entry.dtype, entry.shape)
+    if not _natural(entry.nbytes) or entry.nbytes != count * ITEM_BYTES[entry.dtype]:
+        raise _wrong(f"{name!r} has the wrong size")
+    _validate_order(entry)
+    if sorted(entry.aliases) != list(entry.aliases):
+        raise _wrong(f"{name!r} has unsorted aliases")
+    if entry.sharding and (why := fault(entry.sharding, entry.shape)):
+        raise _wrong(f"{name!r} has a sharding that {why}")
+    if entry.views:
+        names = [view.name for view in entry.views]
+        if names != sorted(names):
+            raise _wrong(f"{name!r} has unsorted views")
+        for view in entry.views:
+            _validate_view(entry, view)
 
 
-def _validate_order(what: str, entry: Entry) -> None:
-    _demand(len(entry.order) == len(entry.shape) and all(map(_natural, entry.order)), f"{what} has a bad order")
-    _demand(sorted(entry.order) == list(range(len(entry.shape))), f"{what} has a bad order")
-    _demand(canonical_dims(entry.shape, entry.order) == tuple(entry.order), f"{what} has no canonical order")
+def _validate_order(entry: Entry) -> None:
+    shape, order = entry.shape, entry.order
+    if len(order) != len(shape) or not all(map(_natural, order)) or sorted(order) != list(range(len(shape))):
+        raise _wrong(f"{entry.name!r} has a bad order")
+    if canonical_dims(shape, order) != tuple(order):
+        raise _wrong(f"{entry.name!r} has no canonical order")
 
 
 def _validate_view(entry: Entry, view: View) -> None:
-    what = repr(view.name)
-    count = _validate_shape(what, view.dtype, view.shape)
-    _demand(len(view.stride) == len(view.shape) and all(map(_natural, view.stride)), f"{what} has bad strides")
+    count = _validate_shape(view.name, view.dtype, view.shape)
+    if len(view.stride) != len(view.shape) or not all(map(_natural, view.stride)):
+        raise _wrong(f"{view.name!r} has bad strides")
     reach = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True)) if count else 0
-    _demand(_natural(view.offset), f"{what} has a bad offset")
-    _demand(view.offset + reach * ITEM_BYTES[view.dtype] <= entry.nbytes, f"{what} lies outside {entry.name!r}")
+    if not _natural(view.offset):
+        raise _wrong(f"{view.name!r} has a bad offset")
+    if view.offset + reach * ITEM_BYTES[view.dtype] > entry.nbytes:
+        raise _wrong(f"{view.name!r} lies outside {entry.name!r}")
 
 
-def _validate_shape(what: str, dtype: Any, shape: tuple[int, ...]) -> int:
+def _validate_shape(name: str, dtype: Any, shape: tuple[int, ...]) -> int:
     """Number of elements."""
-    _demand(isinstance(dtype, str) and dtype in ITEM_BYTES, f"{what} has an unknown dtype")
-    _demand(len(shape) <= MAX_DIMS and all(map(_natural, shape)), f"{what} has a bad shape")
-    count = 1
-    for size in shape:
-        count *= size
-    _demand(count <= MAX_SHARD_BYTES, f"{what} is larger than any shard")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise _wrong(f"{name!r} has an unknown dtype")
+    if len(shape) > MAX_DIMS or not all(map(_natural, shape)):
+        raise _wrong(f"{name!r} has a bad shape")
+    count = math.prod(shape)
+    if count > MAX_SHARD_BYTES:
+        raise _wrong(f"{name!r} is larger than any shard")
     return count
 
 
 def _validate_name(name: Any) -> None:
-    good = isinstance(name, str) and 0 < len(name) <= MAX_NAME_CHARS and name.isprintable()
-    _demand(good, "has a name that is empty, too long or not plain text")
+    if not (isinstance(name, str) and 0 < len(name) <= MAX_NAME_CHARS and name.isprintable()):
+        raise _wrong("has a name that is empty, too long or not plain text")
 
 
 def _natural(value: Any) -> bool:
@@ -229,6 +272,8 @@ def _natural(value: Any) -> bool:
 
 def _demand(condition: bool, problem: str) -> None:
     if not condition:
-        raise ProtocolError(
-            f"offered manifest {problem}", "the peer is broken or of another version; use another source"
-        )
+        raise _wrong(problem)
+
+
+def _wrong(problem: str) -> ProtocolError:
+    return ProtocolError(f"offered manifest {problem}", "the peer is broken or of another version; use another source")

@@ -14,10 +14,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from weightwire.manifest.sharding import Sharding
 from weightwire.types import Json, Span, State, TensorClass
 
 DIGEST_BYTES = 16
 """Bytes of one leaf digest (``manifest.digest``)."""
+
+BLOCK_BYTES = 64 * 1024
+"""What a leaf's bytes are hashed by; a digest is taken over these hashes."""
 
 FORMAT = "weightwire.manifest.v1"
 """Enters every content id: a change of leaf rule, digest or field meaning changes it."""
@@ -56,6 +60,7 @@ class Entry:
         nbytes: number of elements times element size.
         aliases: further names of the same bytes (ties, alias paths), sorted.
         views: names that show a part of these bytes, sorted by name.
+        sharding: which parts of the whole model's tensors it is made of, where its module declares that. In no id.
     """
 
     name: str
@@ -66,6 +71,7 @@ class Entry:
     nbytes: int
     aliases: tuple[str, ...] = ()
     views: tuple[View, ...] = ()
+    sharding: Sharding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +119,12 @@ class Layout:
         """How many leaves are of class weight; they come first."""
         return sum(leaf.kind is TensorClass.WEIGHT for leaf in self.leaves)
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """64 hex digits over everything but the bytes: two ends of a read mean the same offsets if theirs are equal."""
+        parts = (_identifier(self, kind, b"") for kind in (TensorClass.WEIGHT, TensorClass.DERIVED))
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -120,11 +132,17 @@ class Manifest:
 
     Attributes:
         layout: see :class:`Layout`.
-        digests: ``len(layout.leaves) * DIGEST_BYTES`` bytes, leaf after leaf.
+        digests: ``len(layout.leaves) * DIGEST_BYTES`` bytes, leaf after leaf; none in a *provisional* manifest, of a
+            shard that is still being read from a disk: it verifies nothing, and its content id is nobody's.
     """
 
     layout: Layout
     digests: bytes
+
+    @property
+    def provisional(self) -> bool:
+        """Whether there are no digests yet (``manifest.provisional``)."""
+        return not self.digests and self.layout.nbytes > 0
 
     def digest(self, leaf: int) -> bytes:
         """Digest of leaf number ``leaf``."""

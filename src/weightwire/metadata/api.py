@@ -11,14 +11,12 @@ from weightwire.wire.messages import (
     FindReplicas,
     FindShard,
     Lease,
-    PeerFailure,
     PublicationRecord,
     ReplicaListing,
-    ReportAnswer,
     ShardListing,
-    SourceView,
     Withdrawal,
 )
+from weightwire.wire.reports import PeerFailure, ReportAnswer, SourceView
 
 
 class Metadata(Protocol):

@@ -13,15 +13,13 @@ from weightwire.wire.messages import (
     FindShard,
     KeepBeat,
     Lease,
-    PeerFailure,
     PublicationRecord,
     ReplicaListing,
-    ReportAnswer,
     ShardListing,
-    SourceView,
     Withdrawal,
 )
 from weightwire.wire.metadata_client import KeepCall, MetadataStub
+from weightwire.wire.reports import PeerFailure, ReportAnswer, SourceView
 
 __all__ = ["Keeper", "MetadataClient"]
 

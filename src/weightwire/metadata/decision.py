@@ -10,6 +10,8 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -62,12 +64,19 @@ class MemoryDecisions:
 class TorchDecisions:
     """On a ``torch.distributed`` store (``TCPStore``, ``PrefixStore`` …), duck-typed: nothing of torch is imported.
 
+    Args:
+        store: torch's.
+        bound_s: seconds that it has to answer. Torch's own timeouts do not cover a server that is stopped: its client
+            reads for ever then, which is left to a thread.
+
     Raises (all methods):
-        RankLost: the store cannot be reached; the process that serves it has ended.
+        RankLost: the store cannot be reached, or did not answer; the process that serves it has ended, or hangs.
     """
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, bound_s: float = DEFAULT_VOTE_S) -> None:
         self._store = store
+        self._bound_s = bound_s
+        self._silent = False
 
     def record(self, key: str, value: bytes) -> bytes:
         """See :class:`DecisionStore`."""
@@ -82,10 +91,23 @@ class TorchDecisions:
             time.sleep(_POLL_S)
         return self._reach(lambda: bytes(self._store.get(key)))
 
-    @staticmethod
-    def _reach(call: Callable[[], _T]) -> _T:
+    def _reach(self, call: Callable[[], _T]) -> _T:
+        answer: Future[_T] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(call())
+            except Exception as error:  # noqa: BLE001  (the edge of a thread: raised again where it is waited for)
+                answer.set_exception(error)
+
+        if not self._silent:  # else the last call's thread still has the client's lock
+            threading.Thread(target=ask, name="weightwire-decision", daemon=True).start()
         try:
-            return call()
+            return answer.result(0.0 if self._silent else self._bound_s)
+        except NotYet as error:
+            self._silent = True
+            problem = f"the store of the ranks' decisions did not answer within {self._bound_s:g} s"
+            raise RankLost(problem, "rank 0 hangs or is stopped; start the replica again") from error
         except RuntimeError as error:  # torch's DistStoreError and friends
             raise RankLost(
                 "the store of the ranks' decisions cannot be reached", "rank 0 has ended; see its log"

@@ -1,7 +1,7 @@
 """The life of one publication at its source, as a pure state machine: events in, actions out, no I/O, no clock.
 
     LOADING ── Digested ──> HELD ── Offer ──> READY <── Resume ── PAUSED
-       └── RelayBegan ──> RELAYING ── Digested ──> READY ── Pause ──> PAUSED
+       └── RelayBegan ──> RELAYING ── Digested, Offer ──> READY ── Pause ──> PAUSED
     any ── Withdraw ──> WITHDRAWN
 
 The orders that matter, and that the actions keep:
@@ -210,6 +210,8 @@ class Life:
         suspect_since: when the metadata server lost sight of us; None while it has us.
         raw_hold_s: withdraw by itself this long after the last reader; None for never.
         idle_since: when the last reader left, or the offer began.
+        digested: all bytes are in place and have their digests. A relay stays one until it is offered, too: readers
+            are let at it all the same, but it is no replica that may be chosen.
     """
 
     state: PublicationState = _S.LOADING
@@ -222,6 +224,7 @@ class Life:
     suspect_since: float | None = None
     raw_hold_s: float | None = None
     idle_since: float | None = None
+    digested: bool = False
 
     @property
     def published(self) -> bool:
@@ -232,6 +235,11 @@ class Life:
     def admits(self) -> bool:
         """Whether a read lease may be granted now."""
         return self.state.readable
+
+    @property
+    def relays(self) -> bool:
+        """Whether it is a relay, also one that is paused."""
+        return _S.RELAYING in (self.state, self.back_to)
 
     @property
     def draining(self) -> bool:
@@ -262,24 +270,23 @@ def _relay_began(life: Life, _event: RelayBegan) -> Step:
     return _announce(life, _S.RELAYING, AdmitReaders())
 
 
-def _digested(life: Life, event: Digested) -> Step:
+def _digested(life: Life, _event: Digested) -> Step:
+    known = dataclasses.replace(life, digested=life.state is not _S.WITHDRAWN)
     if life.state is _S.LOADING:
-        return _announce(life, _S.HELD)
-    if life.state is _S.RELAYING:
-        return _announce(dataclasses.replace(life, idle_since=_idle(life, event.now)), _S.READY)
-    if life.state is _S.PAUSED and life.back_to is _S.RELAYING:
-        return dataclasses.replace(life, back_to=_S.READY), ()
+        return _announce(known, _S.HELD)
     if life.state is _S.PAUSED and life.back_to is _S.LOADING:
-        return dataclasses.replace(life, back_to=_S.HELD), ()
-    return life, ()
+        return dataclasses.replace(known, back_to=_S.HELD), ()
+    return known, ()
 
 
 def _offer(life: Life, event: Offer) -> Step:
     if life.state is _S.HELD:
         return _announce(dataclasses.replace(life, idle_since=event.now), _S.READY, AdmitReaders())
-    if life.state is _S.PAUSED and life.back_to is _S.HELD:
+    if life.state is _S.PAUSED and life.back_to in (_S.HELD, _S.RELAYING) and life.digested:
         return dataclasses.replace(life, back_to=_S.READY), ()
-    if life.state in (_S.LOADING, _S.WITHDRAWN):
+    if life.state is _S.RELAYING and life.digested:
+        return _announce(dataclasses.replace(life, idle_since=_idle(life, event.now)), _S.READY)
+    if life.state in (_S.LOADING, _S.RELAYING, _S.WITHDRAWN):
         raise PublishError(f"a shard that is {life.state} cannot be offered", "digest it first, and withdraw it last")
     return life, ()
 

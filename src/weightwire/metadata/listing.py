@@ -73,6 +73,18 @@ class Replica:
         """As many ranks as there must be."""
         return len(self.ranks) == self.first.world_size
 
+    @property
+    def following(self) -> str:
+        """What all ranks follow, itself if it reads a disk; "" if they do not."""
+        named = {rank.record.following for rank in self.ranks}
+        return named.pop() if len(named) == 1 else ""
+
+    @property
+    def followable(self) -> bool:
+        """Whether every rank offers what is final of it, before the whole has its ids."""
+        offers = all(rank.record.state.readable and not rank.view.quarantine for rank in self.ranks)
+        return self.complete and offers and bool(self.following)
+
     def flaw(self) -> str:
         """Why it cannot be taken; "" if it can."""
         sizes = {rank.record.world_size for rank in self.ranks}
@@ -129,16 +141,23 @@ def find_replicas(query: FindReplicas, slots: Sequence[Slot], now: float, warmin
     return ReplicaListing(
         groups=_groups(offered, wanted)[: COUNTS["groups"]],
         loading=tuple(loading[: COUNTS["loading"]]),
-        others=tuple(others[: COUNTS["others"]]),
+        others=tuple(_family_first(others, query)[: COUNTS["others"]]),
         rejected=tuple(rejected[: COUNTS["rejected"]]),
         warming_s=warming_s,
     )
+
+
+def _family_first(others: Sequence[OtherReplica], query: FindReplicas) -> list[OtherReplica]:
+    """What could be resharded is not crowded out by what could not."""
+    return sorted(others, key=lambda other: (other.family_key not in query.family_keys, other.state is not _S.READY))
 
 
 def find_shard(query: FindShard, slots: Sequence[Slot]) -> ShardListing:
     """See ``MetadataService.find_shard``; ``slots`` are live and without expired reports."""
     usable: list[tuple[Slot, Standing]] = []
     rejected: list[Rejection] = []
+    asker = next((slot for slot in slots if slot.key == (query.shard_key, query.asker)), None)
+    place, begun = None if asker is None else asker.relayed or None, asker is not None and _begun(asker)
     for replica in replicas(slots):
         for rank_ in replica.ranks:
             record = rank_.record
@@ -150,13 +169,21 @@ def find_shard(query: FindShard, slots: Sequence[Slot]) -> ShardListing:
             else:
                 usable.append((rank_.slot, rank_.view))
     return ShardListing(
-        candidates=tuple(rank(usable)[: COUNTS["candidates"]]), rejected=tuple(rejected[: COUNTS["rejected"]])
+        candidates=tuple(rank(usable, place, begun=begun)[: COUNTS["candidates"]]),
+        rejected=tuple(rejected[: COUNTS["rejected"]]),
     )
+
+
+def _begun(slot: Slot) -> bool:
+    return slot.record is not None and slot.record.fraction > 0
 
 
 def _shard_flaw(query: FindShard, replica: Replica, rank_: Rank) -> str:
     record = rank_.record
-    if record.weights_id != query.weights_id:
+    if query.following:
+        if record.following != query.following:
+            return f"does not follow {query.following[:12]}"
+    elif record.weights_id != query.weights_id or not record.weights_id:
         return f"holds other weights: {record.weights_id[:12] or 'not known yet'}"
     if not record.state.readable:
         return f"not readable: {record.state}"
@@ -223,6 +250,8 @@ def _loading(replica: Replica, now: float, asker: int | None) -> LoadingReplica:
         quiet_s=max(0.0, now - max(rank.slot.progressed_at for rank in replica.ranks)),
         live=not replica.suspect,
         earlier=asker is None or replica.arrival < asker,
+        followable=replica.followable,
+        following=replica.following,
     )
 
 

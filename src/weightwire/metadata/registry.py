@@ -20,15 +20,13 @@ from weightwire.wire.messages import (
     KeepBeat,
     KeepUpdate,
     Lease,
-    PeerFailure,
     PublicationRecord,
     Recheck,
     ReplicaListing,
-    ReportAnswer,
     ShardListing,
-    SourceView,
     Withdrawal,
 )
+from weightwire.wire.reports import PeerFailure, ReportAnswer, SourceView
 
 logger = logging.getLogger(__name__)
 

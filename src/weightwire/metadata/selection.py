@@ -6,10 +6,12 @@ write-once decision.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from weightwire.metadata.slots import Slot
 from weightwire.metadata.standing import Standing
@@ -28,34 +30,164 @@ from weightwire.wire.messages import (
 # The order of candidates for one shard
 
 
-def rank(found: Iterable[tuple[Slot, Standing]]) -> list[Candidate]:
-    """Idle relays, idle replicas, busy ones by their load, reported ones, suspects; quarantined ones never.
+CHAIN = 32
+"""So many relays form a chain; more form two striped trees."""
+Found = tuple[Slot, Standing]
+Source = TypeVar("Source")
 
-    Equals are ordered by incarnation, so that the answer depends on nothing else.
+
+def rank(found: Iterable[Found], asker: int | None = None, *, begun: bool = False) -> list[Candidate]:
+    """Those that the asker is to read from, then the others; quarantined ones never.
+
+    Whom a newcomer reads from is decided by its place among the sound relays, in the order in which they began, so that
+    each carries about as much as it takes (see ``seats``). The others are ordered: idle ones, busy ones by their load,
+    relays that began after the asker, reported ones, suspects. The answer depends on nothing but what is found.
+
+    Args:
+        found: slots of one shard of one set of weights, and what speaks against them.
+        asker: ``Slot.relayed`` of the asker, whether it is among ``found`` or not; ``None`` for one that serves nobody.
+        begun: it holds some leaves already.
     """
     usable = [(slot, view) for slot, view in found if slot.record is not None and not view.quarantine]
-    ordered = sorted(usable, key=lambda item: _place(*item))
-    return [_candidate(slot, view) for slot, view in ordered]
+    others = sorted(usable, key=lambda item: _place(item, asker))
+    if asker is None:
+        return [_candidate(*item) for item in others]
+    relays = [item for item in usable if _relays(item[0]) and item[1].good and item[0].relayed != asker]
+    relays.sort(key=lambda item: item[0].relayed)
+    before = bisect.bisect_left(relays, asker, key=lambda item: item[0].relayed)
+    complete = [item for item in others if not _relays(item[0]) and item[1].good]
+    first = [_candidate(*item, seat) for item, seat in seated(relays, before, complete, _readers, begun=begun)]
+    taken = {candidate.record.incarnation for candidate in first}
+    return first + [_candidate(*item) for item in others if item[0].incarnation not in taken]
 
 
-def _place(slot: Slot, view: Standing) -> tuple[bool, bool, int, bool, float, str]:
+def seated(
+    relays: Sequence[Source],
+    before: int,
+    complete: Sequence[Source],
+    readers: Callable[[Source], int],
+    *,
+    begun: bool,
+    chain: int = CHAIN,
+) -> list[tuple[Source, Seat]]:
+    """Those that one newcomer is to read from at the same time, with what of each.
+
+    Args:
+        relays: sound ones without the asker, in order of arrival.
+        before: how many of them came before the asker.
+        complete: sound complete replicas, idle ones first.
+        readers: of one of them, at the moment. In a tree, one that has its two already gives way to the nearest that
+            has fewer: where a relay died, those that it read from have room for those that read from it.
+        begun: the asker holds leaves already, so it asks because it lost somebody. If complete replicas have fewer
+            readers than there are trees, that was the root of one: the asker may take its place.
+        chain: see ``seats``.
+    """
+    found: list[tuple[Source, Seat]] = []
+    rootless = begun and sum(map(readers, complete)) < 2
+    for seat in seats(len(relays) + 1, before, chain):
+        if seat.place is None or (rootless and complete and seat.parts > 1):
+            found.extend((item, seat) for item in complete[: ROOT_SOURCES // seat.parts if seat.parts else 1])
+        else:
+            at = seat.place - (seat.place > before)
+            if seat.parts > 1 and readers(relays[at]) >= seat.parts:
+                at = _roomy(relays[:before] if at < before else relays, at, readers)
+            found.append((relays[at], seat))
+    return found
+
+
+def _roomy(relays: Sequence[Source], near: int, readers: Callable[[Source], int]) -> int:
+    """The one with the fewest readers, and of those the nearest; no later one than may be."""
+    return min(range(len(relays)), key=lambda at: (readers(relays[at]), abs(at - near)))
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One place to read from.
+
+    Attributes:
+        place: in the order of arrival of all relays, the asker among them; ``None`` for complete replicas.
+        part, parts: the share of the chunks for which this is the one to ask (``target.schedule.Share``): every
+            ``parts``-th from number ``part`` on; all for 1; for 0 only what does not come from elsewhere in time.
+    """
+
+    place: int | None
+    part: int = 0
+    parts: int = 1
+
+
+ROOT_SOURCES = 4
+"""Complete replicas that the first newcomers read from, all trees together: their caps add up."""
+
+
+def seats(relays: int, place: int, chain: int = CHAIN) -> tuple[Seat, ...]:
+    """Where the relay at ``place`` of ``relays`` (in order of arrival, the asker among them) is to read.
+
+    Up to ``chain`` relays: from the one before it, and from the one before that what lags. The first one reads from
+    complete replicas. Every relay carries one shard, a link is needed for nobody twice, and when one leaves, those
+    behind it close up.
+
+    Beyond, a chain would be too long: two trees, one for every other chunk. Relays with even places are the inner nodes
+    of the first and the leaves of the second, those with odd places the other way round; each inner node has two
+    children, so again every relay carries one shard: two halves of it, twice. The depth grows with the logarithm.
+
+    Within its own tree, and in the chain, a relay reads from an earlier one only. It may take everything from there, so
+    no set of relays can wait for each other (hazard H25).
+    """
+    if relays <= chain:
+        return Seat(_at(place - 1)), *((Seat(_at(place - 2), parts=0),) if place else ())
+    own = place % 2
+    inner, half = (relays + 1 - own) // 2, place // 2
+    return _child(own, half), _child(1 - own, relays - inner + half)
+
+
+def _child(tree: int, number: int) -> Seat:
+    """Where node ``number`` of a tree, in breadth-first order, reads; its inner nodes are every other relay."""
+    return Seat(2 * ((number - 1) // 2) + tree if number else None, tree, 2)
+
+
+def _at(place: int) -> int | None:
+    return place if place >= 0 else None
+
+
+def _readers(found: Found) -> int:
+    return found[0].record.active_reads if found[0].record is not None else 0
+
+
+def _relays(slot: Slot) -> bool:
+    """Whether it fills itself from a peer: one that reads its disk stands where complete replicas do."""
+    record = slot.record
+    return record is not None and record.state is PublicationState.RELAYING and not record.reads_disk
+
+
+def _place(found: Found, asker: int | None) -> tuple[bool, bool, bool, int, bool, float, str]:
+    slot, view = found
     assert slot.record is not None
-    relay = slot.record.state is PublicationState.RELAYING
+    late = _relays(slot) and asker is not None and slot.relayed > asker
     busy = slot.record.active_reads
-    return (view.suspect, view.reports > 0, busy, not relay, -slot.record.fraction, slot.incarnation)
+    return (view.suspect, view.reports > 0, late, busy, not _relays(slot), -slot.record.fraction, slot.incarnation)
 
 
-def _candidate(slot: Slot, view: Standing) -> Candidate:
+def _candidate(slot: Slot, view: Standing, seat: Seat | None = None) -> Candidate:
     assert slot.record is not None
-    kind = "relay" if slot.record.state is PublicationState.RELAYING else "replica"
+    kind = "reader of its disk" if slot.record.reads_disk else "relay" if _relays(slot) else "replica"
     load = f"busy with {slot.record.active_reads} readers" if slot.record.active_reads else "idle"
     notes = [f"{load} {kind}"]
+    if seat is not None:
+        notes.append({0: "for what lags", 1: "next in the chain"}.get(seat.parts, f"tree {seat.part}"))
     if view.reports:
         notes.append(f"{view.reports} reports against it")
     if view.suspect:
         notes.append("suspect: its stream to the server broke")
     record = dataclasses.replace(slot.record, identity="")  # the asker has it: it asked by its hash
-    return Candidate(record=record, reason=", ".join(notes), suspect=view.suspect, reports=view.reports)
+    return Candidate(
+        record=record,
+        reason=", ".join(notes),
+        suspect=view.suspect,
+        reports=view.reports,
+        seated=seat is not None,
+        part=seat.part if seat else 0,
+        parts=seat.parts if seat else 1,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -198,6 +330,51 @@ def worth_waiting(loading: Iterable[LoadingReplica], own_disk_s: float, patience
         if item.earlier and item.live and item.quiet_s <= patience_s and expected_s(item) < own_disk_s
     ]
     return min(worth, key=lambda entry: entry[:2])[2] if worth else None
+
+
+def to_follow(loading: Iterable[LoadingReplica], policy: Policy, patience_s: float) -> LoadingReplica | None:
+    """The reader of a disk whose leaves to take while it is reading, if any: the first that registered.
+
+    As with waiting, only one that registered before we did and lives. Which weights it will turn out to hold is not
+    known yet: a policy that takes only named ones by revision is held against what it names, one that pins a weights
+    id is held against the outcome (``after_following``), and so is everything that ``choose`` would have refused.
+
+    Args:
+        loading: of a listing, in the order in which the replicas registered.
+        policy: the operator's.
+        patience_s: the longest silence that still counts as progress.
+    """
+    readers = [
+        item
+        for item in loading
+        if item.followable and item.following == item.replica_incarnation and item.earlier and item.live
+    ]
+    if not (policy.weights_id or policy.revision or policy.accept_unpinned):
+        return None
+    if policy.latest and len(readers) > 1:  # which of them is the latest only their ids will tell
+        return None
+    fitting = (item for item in readers if policy.revision in ("", item.revision) and item.quiet_s <= patience_s)
+    return next(fitting, None)
+
+
+def after_following(weights_id: str, listing: ReplicaListing, policy: Policy) -> str:
+    """Why what was followed may not be used although it is whole, in one line; "" if it may.
+
+    It is what ``choose`` would have said of a source that was ready from the beginning, with what is known by now.
+
+    Args:
+        weights_id: what the followed replica turned out to hold.
+        listing: of now.
+        policy: the operator's.
+    """
+    if policy.weights_id and weights_id != policy.weights_id:
+        return f"the followed replica holds {weights_id[:12]}, not the pinned weights {policy.weights_id[:12]}"
+    outcome = choose(listing, policy)
+    if isinstance(outcome, Conflict):
+        return outcome.describe()
+    if isinstance(outcome, Chosen | Unpinned) and outcome.group.weights_id != weights_id:
+        return f"other weights became ready meanwhile: {_name(outcome.group)} beside {weights_id[:12]}"
+    return ""
 
 
 def expected_s(item: LoadingReplica) -> float:

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from weightwire.errors import MetadataError, ProtocolError
 from weightwire.wire.messages import (
     CheckResult,
-    FailureKind,
     KeepUpdate,
-    PeerFailure,
     PublicationRecord,
     PublicationState,
     Withdrawal,
 )
+from weightwire.wire.reports import FailureKind, PeerFailure
 
 MAX_BLAMES = 64
 MAX_RECHECKS = 16
@@ -51,6 +50,7 @@ class Slot:
         expires_at: end of the lease, or of the tombstone.
         arrived_at: of its first message.
         arrival: number in the order of first messages.
+        relayed: number in the order in which relays began to pass on what they receive; 0 before.
         progressed_at: when its progress last moved.
         blames: reports that count against this generation.
         check_failed: it found a leaf changed itself.
@@ -69,6 +69,7 @@ class Slot:
     expires_at: float = 0.0
     arrived_at: float = 0.0
     arrival: int = 0
+    relayed: int = 0
     progressed_at: float = 0.0
     blames: tuple[Blame, ...] = ()
     check_failed: bool = False
@@ -82,7 +83,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Fresh:
-    """What a new slot gets from outside: an unguessable lease id and its place in the order of arrival."""
+    """What a slot gets from outside: an unguessable lease id, and the next place in the order of messages."""
 
     lease_id: str
     arrival: int
@@ -108,6 +109,7 @@ def published(slot: Slot | None, record: PublicationRecord, now: float, ttl: flo
             expires_at=now + ttl,
             arrived_at=now,
             arrival=fresh.arrival,
+            relayed=fresh.arrival if record.state is PublicationState.RELAYING else 0,
             progressed_at=now,
         )
     if known.record is None:
@@ -118,7 +120,9 @@ def published(slot: Slot | None, record: PublicationRecord, now: float, ttl: flo
         if _essence(record) != _essence(known.record):
             raise _late(record.shard_key)
         return known  # a repeated message
-    return _updated(known, record, now, ttl)
+    begins = record.state is PublicationState.RELAYING and known.record.state is not PublicationState.RELAYING
+    turn = fresh.arrival if begins else known.relayed
+    return dataclasses.replace(_updated(known, record, now, ttl), relayed=turn)
 
 
 def kept(slot: Slot | None, update: KeepUpdate, stream: str, now: float, ttl: float) -> tuple[Slot | None, bool]:
@@ -216,7 +220,9 @@ def check(record: PublicationRecord) -> None:
         raise ProtocolError("a publication needs its keys and incarnations")
     if not 1 <= record.world_size <= 2**20 or record.world_size < sizes.tp_size * sizes.pp_size:
         raise ProtocolError(f"world size {record.world_size} cannot hold {sizes.label()}")
-    if state.readable and not (record.content_id and record.weights_id and record.endpoints):
+    known = bool(record.content_id and record.weights_id)
+    follows = state is PublicationState.RELAYING and bool(record.following)
+    if state.readable and not (record.endpoints and (known or follows)):
         raise ProtocolError(f"a {state} shard needs its content id, its weights id and an endpoint")
 
 

@@ -63,6 +63,13 @@ SPECS: tuple[Spec, ...] = (
         doc="Bytes of weights that were received or served, by transport.",
     ),
     Spec(
+        name="weightwire_relayed_bytes_total",
+        kind="counter",
+        labels=("direction",),
+        doc="Bytes of weights that were served while this process was still receiving them, or received from a process "
+        "that was.",
+    ),
+    Spec(
         name="weightwire_loads_total",
         kind="counter",
         labels=("outcome",),
@@ -88,6 +95,18 @@ SPECS: tuple[Spec, ...] = (
         doc="1 for each path that carried bytes in this process, such as nixl over ucx:cma.",
     ),
     Spec(name="weightwire_read_leases", kind="gauge", doc="Read leases that readers hold on this process now."),
+    Spec(
+        name="weightwire_max_rate_bytes",
+        kind="gauge",
+        doc="Bytes a second that this process serves at most, its bandwidth cap; 0 for no bound.",
+    ),
+    Spec(
+        name="weightwire_paced_seconds_total",
+        kind="counter",
+        labels=("direction",),
+        doc="Seconds that reads were held back to keep to a source's cap, summed over connections: by this process "
+        "(served), or of its own reads (received).",
+    ),
     Spec(
         name="weightwire_state",
         kind="gauge",
@@ -158,6 +177,11 @@ class Metrics:
         self._count("weightwire_bytes_total", nbytes, transport, direction)
 
     @_never_raises
+    def relayed(self, direction: str, nbytes: int) -> None:
+        """``nbytes`` were passed on by a process that is still receiving; ``direction`` as for ``moved``."""
+        self._count("weightwire_relayed_bytes_total", nbytes, direction)
+
+    @_never_raises
     def load(self, outcome: str) -> None:
         """A load ended: ``peer``, ``disk`` or ``failed``."""
         self._count("weightwire_loads_total", 1, outcome)
@@ -186,6 +210,16 @@ class Metrics:
     def leases(self, count: int) -> None:
         """``count`` read leases are held on this process now."""
         self._set("weightwire_read_leases", count)
+
+    @_never_raises
+    def cap(self, max_rate: float) -> None:
+        """This process serves at most ``max_rate`` bytes a second; 0 for no bound."""
+        self._set("weightwire_max_rate_bytes", max_rate)
+
+    @_never_raises
+    def paced(self, direction: str, seconds: float) -> None:
+        """One connection was held back for ``seconds`` by a source's cap; ``direction`` as for ``moved``."""
+        self._count("weightwire_paced_seconds_total", seconds, direction)
 
     @_never_raises
     def state(self, state: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from weightwire.runtime.checkpoint.protocol import (
     CheckpointLoader,
+    Final,
     Injected,
     LoadRequest,
     MemorySource,
@@ -19,7 +20,7 @@ from weightwire.runtime.checkpoint.protocol import (
 from weightwire.runtime.checkpoint.safetensors_loader import SafetensorsLoader, has_weights
 from weightwire.runtime.config import WORD_EMBEDDINGS_UNTIED, BuildFacts, KernelLayout, ModelConfig, read_config
 from weightwire.runtime.distributed import RankEnvironment, TpGroup, discover_rank, serve_store
-from weightwire.runtime.generate import generate, prompt_logits
+from weightwire.runtime.generate import generate, mtp_logits, prompt_logits
 from weightwire.runtime.layers.context import LayerContext
 from weightwire.runtime.load_format import LoadFormat
 from weightwire.runtime.mapping import Mapping, TpCoordinates, effective_tp
@@ -33,6 +34,7 @@ from weightwire.runtime.model_loader import (
     fill_dummy,
     parse_dtype,
 )
+from weightwire.runtime.models.decoder import DecoderForCausalLM
 from weightwire.runtime.models.llama import LlamaForCausalLM
 from weightwire.runtime.models.registry import construct
 from weightwire.runtime.post_load import adopt_processed, post_load_weights, prepare_processed, prepare_raw
@@ -41,6 +43,8 @@ __all__ = [
     "WORD_EMBEDDINGS_UNTIED",
     "BuildFacts",
     "CheckpointLoader",
+    "DecoderForCausalLM",
+    "Final",
     "Injected",
     "KernelLayout",
     "LayerContext",
@@ -71,6 +75,7 @@ __all__ = [
     "generate",
     "has_weights",
     "materialize",
+    "mtp_logits",
     "parse_dtype",
     "post_load_weights",
     "prepare_processed",

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from weightwire.errors import CheckpointError, ConfigError
+from weightwire.runtime.config_fields import Fields
+from weightwire.runtime.family_config import FAMILIES, GemmaConfig, MlaConfig, MoeConfig, no_family
+from weightwire.runtime.quantization.config import QuantizationConfig, parse_quantization
 
 Scalar = bool | int | float | str | None
 BuildFacts = dict[str, Scalar]
@@ -18,6 +21,7 @@ WORD_EMBEDDINGS_UNTIED = "word_embeddings_untied"
 """Build fact: the checkpoint carries an ``lm_head`` of its own although the config says that it is tied."""
 
 _MAX_CONFIG_BYTES = 16 << 20
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 class KernelLayout(Enum):
@@ -42,19 +46,26 @@ class KernelLayout(Enum):
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: base ``theta`` and, for ``llama3`` and ``linear``, how frequencies are stretched."""
+    """Rotary embedding: base ``theta`` and, but for ``default``, how frequencies are stretched."""
 
     theta: float
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What decides a model's tensors and arithmetic. Sizes are those of the whole model, not of one rank."""
+    """What decides a model's tensors and arithmetic. Sizes are those of the whole model, not of one rank.
+
+    ``mtp_layers`` for multi-token prediction are in the checkpoint; part of the model they are where it ``runs_mtp``.
+    """
 
     architecture: str
     vocab_size: int
@@ -71,6 +82,26 @@ class ModelConfig:
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    qk_norm: bool = False
+    moe: MoeConfig | None = None
+    mla: MlaConfig | None = None
+    gemma: GemmaConfig | None = None
+    mtp_layers: int = 0
+    runs_mtp: bool = False
+    quantization: QuantizationConfig | None = None
+
+    def with_mtp(self) -> ModelConfig:
+        """This config, with layers for multi-token prediction.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        if not self.mtp_layers:
+            raise ConfigError(
+                f"{self.architecture}: the config names no layers for multi-token prediction", "leave mtp out"
+            )
+        return replace(self, runs_mtp=True)
 
     def with_build_facts(self, facts: Mapping[str, Scalar]) -> ModelConfig:
         """This config as the checkpoint's files (or a peer that saw them) correct it.
@@ -85,42 +116,6 @@ class ModelConfig:
         if not isinstance(untied, bool):
             raise ConfigError(f"build fact {WORD_EMBEDDINGS_UNTIED} is {untied!r}", "it must be true or false")
         return replace(self, tie_word_embeddings=False) if untied else self
-
-
-class _Fields:
-    """Typed reads from one decoded ``config.json``; every failure names the file and the field."""
-
-    def __init__(self, raw: Mapping[str, Any], path: Path) -> None:
-        self._raw = raw
-        self._path = path
-
-    def fail(self, field: str, why: str) -> CheckpointError:
-        return CheckpointError(f"{self._path}: {field} {why}", "use the config.json of a complete checkpoint")
-
-    def get(self, field: str) -> Any:
-        return self._raw.get(field)
-
-    def whole(self, field: str, default: int | None = None) -> int:
-        value = self._raw.get(field)
-        if value is None:
-            value = default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.fail(field, f"is {value!r}, not a positive whole number")
-        return value
-
-    def number(self, field: str, default: float | None = None) -> float:
-        value = self._raw.get(field)
-        if value is None:
-            value = default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise self.fail(field, f"is {value!r}, not a positive number")
-        return float(value)
-
-    def flag(self, field: str) -> bool:
-        value = self._raw.get(field, False)
-        if not isinstance(value, bool):
-            raise self.fail(field, f"is {value!r}, not true or false")
-        return value
 
 
 def read_config(checkpoint_dir: Path) -> ModelConfig:
@@ -151,35 +146,45 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
 
 def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     """Turn a decoded ``config.json`` into a ``ModelConfig``; raises as ``read_config``."""
-    fields = _Fields(raw, path)
+    fields = Fields(raw, path)
     architectures = fields.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise fields.fail("architectures", "is missing or not a list of names")
-    activation = fields.get("hidden_act") or "silu"
-    if activation != "silu":
-        raise ConfigError(f"{path}: hidden_act {activation!r} is not supported", "this runtime computes silu only")
     heads = fields.whole("num_attention_heads")
     hidden = fields.whole("hidden_size")
-    return ModelConfig(
-        architecture=architectures[0],
-        vocab_size=fields.whole("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=fields.whole("intermediate_size"),
-        num_layers=fields.whole("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=fields.whole("num_key_value_heads", heads),
-        head_dim=fields.whole("head_dim", hidden // heads),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        max_position=fields.whole("max_position_embeddings", 2048),
-        rope=_parse_rope(fields, path),
-        attention_bias=fields.flag("attention_bias"),
-        mlp_bias=fields.flag("mlp_bias"),
-        tie_word_embeddings=fields.flag("tie_word_embeddings"),
-        eos_token_ids=_parse_eos(fields),
-    )
+    family = FAMILIES.get(architectures[0], no_family)(fields)
+    common: dict[str, Any] = {
+        "architecture": architectures[0],
+        "vocab_size": fields.whole("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": fields.whole("intermediate_size"),
+        "num_layers": fields.whole("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": fields.whole("num_key_value_heads", heads),
+        "head_dim": fields.whole("head_dim", hidden // heads),
+        "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "max_position": fields.whole("max_position_embeddings", 2048),
+        "rope": _parse_rope(fields, path),
+        "attention_bias": fields.flag("attention_bias"),
+        "mlp_bias": fields.flag("mlp_bias"),
+        "tie_word_embeddings": fields.flag("tie_word_embeddings"),
+        "eos_token_ids": _parse_eos(fields),
+        "activation": _parse_activation(fields),
+        "quantization": parse_quantization(fields),
+    }
+    return ModelConfig(**{**common, **family})
 
 
-def _parse_eos(fields: _Fields) -> tuple[int, ...]:
+def _parse_activation(fields: Fields) -> str:
+    name = fields.get("hidden_activation") or fields.get("hidden_act") or "silu"
+    if name not in _ACTIVATIONS:
+        raise ConfigError(
+            f"{fields.path}: hidden_act {name!r} is not supported", f"this runtime computes {', '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _parse_eos(fields: Fields) -> tuple[int, ...]:
     value = fields.get("eos_token_id")
     if value is None:
         return ()
@@ -189,12 +194,12 @@ def _parse_eos(fields: _Fields) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _parse_rope(fields: _Fields, path: Path) -> RopeConfig:
+def _parse_rope(fields: Fields, path: Path) -> RopeConfig:
     """Both spellings: ``rope_parameters`` (newer) and ``rope_theta`` with ``rope_scaling`` (older)."""
     raw = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(raw, dict):
         raise fields.fail("rope_parameters", "is not an object")
-    rope = _Fields(raw, path)
+    rope = Fields(raw, path)
     theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
     kind = raw.get("rope_type") or raw.get("type") or "default"
     if rope.number("partial_rotary_factor", 1.0) != 1.0:
@@ -212,4 +217,24 @@ def _parse_rope(fields: _Fields, path: Path) -> RopeConfig:
             high_freq_factor=rope.number("high_freq_factor"),
             original_max_position=rope.whole("original_max_position_embeddings"),
         )
-    raise ConfigError(f"{path}: rope type {kind!r} is not supported", "this runtime knows default, linear and llama3")
+    if kind == "yarn":
+        return _parse_yarn(rope, theta)
+    raise ConfigError(
+        f"{path}: rope type {kind!r} is not supported", "this runtime knows default, linear, llama3 and yarn"
+    )
+
+
+def _parse_yarn(rope: Fields, theta: float) -> RopeConfig:
+    def given(field: str) -> float | None:
+        return None if rope.get(field) is None else rope.number(field)
+
+    return RopeConfig(
+        theta,
+        "yarn",
+        factor=rope.number("factor"),
+        original_max_position=rope.whole("original_max_position_embeddings"),
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        mscale=given("mscale"),
+        mscale_all_dim=given("mscale_all_dim"),
+    )

@@ -122,31 +122,43 @@ class _Collectives(Protocol):
 
     def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor]) -> Work: ...
     def broadcast(self, tensors: list[torch.Tensor], options: BroadcastOptions) -> Work: ...
+    def send(self, tensors: list[torch.Tensor], to: int, tag: int) -> Work: ...
+    def recv(self, tensors: list[torch.Tensor], source: int, tag: int) -> Work: ...
 
 
-def _gloo(store: Store, env: RankEnvironment, bound: timedelta) -> _Collectives:
+def _gloo(store: Store, coordinates: TpCoordinates, host: str, bound: timedelta) -> _Collectives:
     gloo: Any = ProcessGroupGloo
-    if env.host not in (_LOOPBACK, "localhost"):
-        return cast("_Collectives", gloo(store, env.rank, env.world_size, bound))
+    if host not in (_LOOPBACK, "localhost"):
+        return cast("_Collectives", gloo(store, coordinates.rank, coordinates.size, bound))
     # ranks of one host talk over loopback, whatever its own name resolves to
     options = gloo._Options()  # noqa: SLF001 - the only way to choose gloo's interface
     options._devices = [gloo.create_device(hostname=_LOOPBACK)]  # noqa: SLF001 - as above
     options._timeout = bound  # noqa: SLF001 - as above
-    return cast("_Collectives", gloo(store, env.rank, env.world_size, options))
+    return cast("_Collectives", gloo(store, coordinates.rank, coordinates.size, options))
+
+
+_Join = Callable[[Store, TpCoordinates], _Collectives]
+"""Meets the ranks that have the same store, as one of them."""
 
 
 class TpGroup(AbstractContextManager["TpGroup"]):
-    """The tensor-parallel ranks of one replica. One rank alone has no process group and never communicates.
+    """The ranks of one replica, or those of them along one axis (``part``): tensors, or the stages of a pipeline.
+
+    One rank alone has no process group and never communicates.
 
     ``store`` is a key/value store that all ranks of the group reach (write-once decisions belong there, not into
     collectives); for one rank alone it lives in this process. Collectives have a bound each; after one has failed
     the group is of no further use.
     """
 
-    def __init__(self, coordinates: TpCoordinates, store: Store, backend: _Collectives | None) -> None:
+    def __init__(
+        self, coordinates: TpCoordinates, store: Store, backend: _Collectives | None, join: _Join | None = None
+    ) -> None:
         self.coordinates = coordinates
         self.store = store
         self._backend = backend
+        self._join = join
+        self._parts: dict[str, TpGroup] = {}
 
     @classmethod
     def single(cls) -> TpGroup:
@@ -172,7 +184,12 @@ class TpGroup(AbstractContextManager["TpGroup"]):
         try:
             tcp = TCPStore(env.host, env.port, is_master=serves, timeout=bound, wait_for_workers=False)
             store = PrefixStore(f"weightwire/{env.attempt}", tcp)
-            backend = _gloo(PrefixStore("gloo", store), env, bound)
+            everybody = TpCoordinates(size=env.world_size, rank=env.rank)
+
+            def join(prefix: Store, coordinates: TpCoordinates) -> _Collectives:
+                return _gloo(prefix, coordinates, env.host, bound)
+
+            backend = join(PrefixStore("gloo", store), everybody)
         except RuntimeError as error:
             raise RankLost(
                 f"rank {env.rank} of {env.world_size} did not meet the others at {env.host}:{env.port} "
@@ -180,7 +197,29 @@ class TpGroup(AbstractContextManager["TpGroup"]):
                 "see that every rank was started and that the address is reachable",
             ) from error
         logger.debug("rank %d of %d joined at %s:%d", env.rank, env.world_size, env.host, env.port)
-        return cls(TpCoordinates(size=env.world_size, rank=env.rank), store, backend)
+        return cls(everybody, store, backend, join)
+
+    def part(self, name: str, coordinates: TpCoordinates) -> TpGroup:
+        """Those of these ranks that call the part ``name``, as one of them; the same object for the same name.
+
+        Every rank of a part asks for it, and all ranks ask for their parts in one order. Closed with the whole.
+
+        Raises:
+            RankLost: a rank of the part did not come in time.
+        """
+        if coordinates == self.coordinates:
+            return self
+        if name not in self._parts:
+            try:
+                backend = None
+                if self._join is not None and coordinates.size > 1:
+                    backend = self._join(PrefixStore(f"gloo/{name}", self.store), coordinates)
+            except RuntimeError as error:
+                raise RankLost(
+                    f"rank {self.rank} of {self.size} did not meet the others of {name}", "see that every rank runs"
+                ) from error
+            self._parts[name] = TpGroup(coordinates, PrefixStore(name, self.store), backend)
+        return self._parts[name]
 
     @property
     def rank(self) -> int:
@@ -224,6 +263,16 @@ class TpGroup(AbstractContextManager["TpGroup"]):
             self._finish(lambda backend: backend.broadcast([tensor], options))
         return tensor
 
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        """Give ``tensor`` to rank ``to``, which receives it; returns when it may change."""
+        contiguous = tensor.contiguous()
+        self._finish(lambda backend: backend.send([contiguous], to, 0))
+
+    def receive(self, into: torch.Tensor, source: int) -> torch.Tensor:
+        """What rank ``source`` sends, written to ``into`` (contiguous, of the same shape and dtype), returned."""
+        self._finish(lambda backend: backend.recv([into], source, 0))
+        return into
+
     def _finish(self, start: Callable[[_Collectives], Work]) -> None:
         if self._backend is None:
             raise RankLost(f"rank {self.rank} of {self.size} is not connected to the others", "connect the group first")
@@ -236,8 +285,10 @@ class TpGroup(AbstractContextManager["TpGroup"]):
             ) from error
 
     def close(self) -> None:
-        """Leave the group. Idempotent."""
-        self._backend = None
+        """Leave the group, and its parts. Idempotent."""
+        for part in self._parts.values():
+            part.close()
+        self._backend = self._join = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -7,10 +7,11 @@ from collections.abc import Collection, Sequence
 import torch
 
 from weightwire.errors import ConfigError
-from weightwire.runtime.models.llama import LlamaForCausalLM
+from weightwire.runtime.models.decoder import DecoderForCausalLM
+from weightwire.runtime.models.deepseek_v3 import DeepseekV3ForCausalLM
 
 
-def _check(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check(model: DecoderForCausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}", "ask for at least one token")
     vocab, room = model.config.vocab_size, model.config.max_position
@@ -26,38 +27,72 @@ def _check(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], max_new_to
             raise ConfigError(f"prompt {index} has a token outside 0..{vocab - 1}", "use this model's own tokenizer")
 
 
-def _prefill(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Run all prompts at once, padded on the right; hidden states of each one's last token, (batch, hidden).
-
-    What padding writes to the cache lies behind every real token and is overwritten before anything looks at it.
-    """
-    device = model.model.embed_tokens.weight.device
-    longest = max(map(len, prompts))
+def _padded(
+    model: DecoderForCausalLM, prompts: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prompts padded on the right, and their positions, each (batch, length); where each one ends, (batch)."""
+    device, longest = model.device, max(map(len, prompts))
     tokens = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
     positions = torch.arange(longest, device=device).expand(len(prompts), -1)
-    hidden = model(tokens, positions, longest)
-    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-    selected: torch.Tensor = hidden[torch.arange(len(prompts), device=device), last]
+    return tokens, positions, torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+
+
+def _prefill(model: DecoderForCausalLM, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Run all prompts at once, padded on the right; hidden states of each one's last token, (batch, hidden).
+
+    They mean something on the last stage of a pipeline only, which is where logits are made. What padding writes to the
+    cache lies behind every real token and is overwritten before anything looks at it.
+    """
+    tokens, positions, last = _padded(model, prompts)
+    selected: torch.Tensor = model(tokens, positions, tokens.shape[1])[torch.arange(len(prompts)), last]
     return selected
 
 
 @torch.no_grad()
-def prompt_logits(model: LlamaForCausalLM, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+def prompt_logits(model: DecoderForCausalLM, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """The logits of the token that follows each prompt: (batch, vocab), on every rank. Leaves no cache behind."""
     if not prompts:
         raise ConfigError("there is no prompt", "give at least one")
     _check(model, prompts, 1)
     model.allocate_cache(len(prompts), max(map(len, prompts)))
-    local = model.lm_head(_prefill(model, prompts))
+    logits = model.logits(_prefill(model, prompts))
     model.release_cache()
-    return model.lm_head.gather(local)
+    return logits
+
+
+@torch.no_grad()
+def mtp_logits(model: DecoderForCausalLM, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """What layers for multi-token prediction say of the tokens behind the next one: (batch, vocab) for each depth.
+
+    Each depth is given the greedy token of the one before it. The same on every rank; leaves no cache behind.
+
+    Raises:
+        ConfigError: the model has no such layers, or as ``prompt_logits``.
+    """
+    if not isinstance(model, DeepseekV3ForCausalLM) or not model.config.runs_mtp:
+        raise ConfigError("the model was loaded without layers for multi-token prediction", "load it with mtp")
+    _check(model, prompts, 1)
+    longest = max(map(len, prompts))
+    model.allocate_cache(len(prompts), longest)
+    tokens, positions, last = _padded(model, prompts)
+    rows = torch.arange(len(prompts), device=model.device)
+    hidden = model(tokens, positions, longest)
+    following, found = model.greedy(hidden[rows, last]), []
+    for depth in range(model.config.mtp_layers):
+        tokens = tokens.roll(-1, dims=1)
+        tokens[rows, last] = following
+        hidden = model.draft(depth, tokens, hidden, positions)
+        found.append(model.draft_logits(depth, hidden[rows, last]))
+        following = found[-1].argmax(-1)
+    model.release_cache()
+    return found
 
 
 @torch.no_grad()
 def generate(
-    model: LlamaForCausalLM,
+    model: DecoderForCausalLM,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -82,7 +117,7 @@ def generate(
     outputs: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
     for produced in range(max_new_tokens):
-        tokens = model.lm_head.greedy(model.lm_head(hidden))
+        tokens = model.greedy(hidden)
         for row, token in enumerate(tokens.tolist()):
             if not finished[row]:
                 outputs[row].append(token)

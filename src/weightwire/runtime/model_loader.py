@@ -15,7 +15,14 @@ from torch import nn
 
 from weightwire.errors import ConfigError
 from weightwire.runtime import post_load
-from weightwire.runtime.checkpoint.protocol import CheckpointLoader, Injected, LoadRequest, Progress, Weights
+from weightwire.runtime.checkpoint.protocol import (
+    CheckpointLoader,
+    Final,
+    Injected,
+    LoadRequest,
+    Progress,
+    Weights,
+)
 from weightwire.runtime.config import BuildFacts, KernelLayout, ModelConfig
 from weightwire.runtime.distributed import TpGroup
 from weightwire.runtime.layers.context import LayerContext
@@ -23,7 +30,7 @@ from weightwire.runtime.layers.embedding import Embedding, LMHead
 from weightwire.runtime.load_format import LoadFormat
 from weightwire.runtime.mapping import Mapping
 from weightwire.runtime.materialize import materialize
-from weightwire.runtime.models.llama import LlamaForCausalLM
+from weightwire.runtime.models.decoder import DecoderForCausalLM
 from weightwire.runtime.models.registry import construct
 
 logger = logging.getLogger(__name__)
@@ -42,13 +49,22 @@ def parse_dtype(value: object) -> torch.dtype:
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """How to load. ``dtype`` is that of parameters and computation; checkpoint tensors are converted to it."""
+    """How to load. ``dtype`` is that of parameters and computation; checkpoint tensors are converted to it.
+
+    ``ep_size``: in so many groups the experts are shared by the ranks, which cut those of one group among them.
+    ``pp_size``: so many stages share the layers; the ranks of each cut tensors among them. ``attention_dp``: these
+    share the rows of a batch instead, and the routed experts. ``mtp``: with the layers for multi-token prediction.
+    """
 
     load_format: LoadFormat = LoadFormat.AUTO
     dtype: torch.dtype = torch.bfloat16
     kernel_layout: KernelLayout = KernelLayout.PLAIN
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dummy_seed: int = 0
+    ep_size: int = 1
+    pp_size: int = 1
+    attention_dp: bool = False
+    mtp: bool = False
 
 
 class LoadHooks(Protocol):
@@ -59,6 +75,12 @@ class LoadHooks(Protocol):
 
     def constructed(self, model: nn.Module) -> None:
         """The model stands on meta, with its construction-time names. Tensors are replaced afterwards."""
+
+    def filling(self, model: nn.Module) -> Final | None:
+        """A checkpoint is about to be read into the model's memory, which is that of ``loaded``; not where injected.
+
+        What is returned is told of parameters as they become final.
+        """
 
     def loaded(self, model: nn.Module) -> None:
         """All raw bytes are in place and no transform has run. Not called where PROCESSED bytes were injected."""
@@ -77,6 +99,9 @@ class NoHooks:
     """Nobody watches."""
 
     def constructed(self, model: nn.Module) -> None:
+        """Do nothing."""
+
+    def filling(self, model: nn.Module) -> Final | None:
         """Do nothing."""
 
     def loaded(self, model: nn.Module) -> None:
@@ -101,7 +126,7 @@ class LoadResult:
     ``seconds`` has ``construct``, ``materialize``, ``fill`` and ``post_load`` (hooks included).
     """
 
-    model: LlamaForCausalLM
+    model: DecoderForCausalLM
     config: ModelConfig
     build_facts: BuildFacts
     injected: Injected | None
@@ -112,7 +137,7 @@ class ModelLoader:
     """Loads one rank's part of a model.
 
     Args:
-        group: the replica's ranks; decides how the model is cut.
+        group: all ranks of the replica; with the settings it decides how the model is cut.
         settings: how to load.
         checkpoint_loader: where configuration and bytes come from.
         hooks: who is told.
@@ -125,9 +150,15 @@ class ModelLoader:
         checkpoint_loader: CheckpointLoader,
         hooks: LoadHooks | None = None,
     ) -> None:
-        self.mapping = Mapping.for_tp(group.rank, group.size)
+        self.mapping = Mapping.of_rank(
+            group.rank,
+            group.size,
+            pp_size=settings.pp_size,
+            ep_size=settings.ep_size,
+            attention_dp=settings.attention_dp,
+        )
         self._settings = settings
-        self._context = LayerContext(group, settings.dtype, settings.kernel_layout)
+        self._context = LayerContext.of(group, self.mapping, settings.dtype, settings.kernel_layout)
         self._source = checkpoint_loader
         self._hooks: LoadHooks = hooks or NoHooks()
 
@@ -149,6 +180,7 @@ class ModelLoader:
     def _load(self, checkpoint_dir: Path, progress: Progress | None) -> LoadResult:
         clock = _Clock()
         config = self._source.load_config(checkpoint_dir)
+        config = config.with_mtp() if self._settings.mtp else config
         facts = self._source.build_facts(checkpoint_dir, config)
         model = construct(config, facts, self._context)
         self._hooks.constructed(model)
@@ -163,31 +195,31 @@ class ModelLoader:
         else:
             self._finish_raw(model)
         clock.lap("post_load")
-        logger.info("rank %d of %d: %s loaded", self.mapping.tp_rank, self.mapping.tp_size, config.architecture)
+        logger.info("rank %d of %d: %s loaded", self.mapping.rank, self.mapping.world_size, config.architecture)
         return LoadResult(model, model.config, facts, injected, clock.seconds)
 
     def _fill(self, request: LoadRequest) -> Injected | None:
         """Put every byte in place; what was injected, if the loader did it itself."""
         model = request.model
-        assert isinstance(model, LlamaForCausalLM)
+        assert isinstance(model, DecoderForCausalLM)
         if self._settings.load_format is LoadFormat.DUMMY:
             fill_dummy(model, self._settings.dummy_seed)
             return None
         result = self._source.load_weights(request)
         if isinstance(result, Weights):
-            model.load_weights(result, request.progress)
+            model.load_weights(result, request.progress, self._hooks.filling(model))
             return None
         if self._settings.load_format is not LoadFormat.PRESHARDED:
             raise ConfigError("the checkpoint loader injected weights under load format auto", "use presharded")
         return result
 
-    def _finish_raw(self, model: LlamaForCausalLM) -> None:
+    def _finish_raw(self, model: DecoderForCausalLM) -> None:
         # before the first transform: what is published here are the bytes as loaded
         self._hooks.loaded(model)
         post_load.post_load_weights(model, self._hooks.guard_transform)
         self._hooks.post_loaded(model)
 
-    def reload(self, model: LlamaForCausalLM, weights: Weights, progress: Progress | None = None) -> None:
+    def reload(self, model: DecoderForCausalLM, weights: Weights, progress: Progress | None = None) -> None:
         """Fill a loaded model anew and run the post-load steps again.
 
         ``weights`` are cut as they themselves say (``weights.presharded``), however the model was loaded at first.
@@ -213,6 +245,15 @@ class _Clock:
         self._last = now
 
 
+def _fill_random(parameter: torch.Tensor, generator: torch.Generator) -> None:
+    """Small numbers; of dtypes that torch makes no random numbers in, bytes without the top bits of each half."""
+    if parameter.dtype in _DTYPES.values():
+        parameter.uniform_(-1e-3, 1e-3, generator=generator)
+    else:
+        numbers = torch.randint(0, 256, (parameter.nbytes,), generator=generator, dtype=torch.uint8) & 0x33
+        parameter.copy_(numbers.view(parameter.dtype).view(parameter.shape))
+
+
 @torch.no_grad()
 def fill_dummy(model: nn.Module, seed: int) -> None:
     """Fill all parameters with small random numbers that depend on ``seed`` and the parameter's name alone.
@@ -222,7 +263,7 @@ def fill_dummy(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         generator = torch.Generator(device=parameter.device)
         generator.manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
-        parameter.uniform_(-1e-3, 1e-3, generator=generator)
+        _fill_random(parameter, generator)
     for module in model.modules():
         if isinstance(module, Embedding | LMHead):
             module.zero_padding()

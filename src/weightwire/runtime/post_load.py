@@ -7,7 +7,7 @@ and, for the processed stage, ``prepare_processed`` and ``prepare_raw``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
@@ -23,6 +23,11 @@ class _WiresAliases(Protocol):
 @runtime_checkable
 class _Transforms(Protocol):
     def transform_weights(self) -> None: ...
+
+
+@runtime_checkable
+class _DeclaresEffect(Protocol):
+    def transform_effect(self) -> Mapping[str, str]: ...
 
 
 @runtime_checkable
@@ -58,10 +63,11 @@ def setup_aliases(model: nn.Module) -> None:
 
 @torch.no_grad()
 def transform_weights(model: nn.Module, guard: Guard = _no_guard) -> None:
-    """Run each module's transform, once in its life, inside ``guard(module)``."""
+    """Run each module's transform, once in its life, inside ``guard(module)``; no guard where it declares no effect."""
     for module in _modules(model):
         if isinstance(module, _Transforms) and not getattr(module, "_weights_transformed", False):
-            with guard(module):
+            idle = isinstance(module, _DeclaresEffect) and not module.transform_effect()
+            with nullcontext() if idle else guard(module):
                 module.transform_weights()
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 from weightwire.identity.identity import Identity
 from weightwire.manifest.address import AddressSpace
-from weightwire.manifest.records import Manifest
+from weightwire.manifest.availability import Availability
+from weightwire.manifest.provisional import Provisional
+from weightwire.manifest.records import DIGEST_BYTES, Manifest
 from weightwire.metadata.lifecycle import Life
 from weightwire.types import Coordinates, Json
-from weightwire.wire.messages import ManifestHeader, PeerStatus, PublicationRecord
+from weightwire.wire.messages import ManifestHeader, OpenRead, PeerStatus, ProgressUpdate, PublicationRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +49,39 @@ class Holding:
     Attributes:
         manifest: what the bytes are.
         memory: where they are; keeps them alive.
-        weights_id: of the whole replica.
+        weights_id: of the whole replica; empty while it is not known.
+        provisional: the digests as they become known, of what is being read from a disk, first hand or not; its
+            ``manifest`` is a provisional one.
+        following: the replica incarnation that reads or read that disk.
     """
 
     manifest: Manifest
     memory: AddressSpace
     weights_id: str
+    provisional: Provisional | None = None
+    following: str = ""
+
+    @property
+    def content_id(self) -> str:
+        """Of what is held; empty while it is not known."""
+        return "" if self.manifest.provisional else self.manifest.content_id
+
+    @property
+    def derived_id(self) -> str:
+        """Likewise."""
+        return "" if self.manifest.provisional else self.manifest.derived_id
+
+    def digests(self, first: int, count: int) -> bytes:
+        """Of ``count`` leaves from ``first`` on, which are there."""
+        if self.provisional is not None and self.manifest.provisional:
+            return self.provisional.between(first, count)
+        return self.manifest.digests[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]
+
+    def fits(self, request: OpenRead) -> bool:
+        """Whether ``request`` means what is held: the same content, or the same layout where that is asked for."""
+        if request.layout_digest:
+            return bool(self.following) and request.layout_digest == self.manifest.layout.digest
+        return bool(self.content_id) and request.content_id == self.content_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +93,44 @@ class Where:
     endpoints: tuple[str, ...]
 
 
+def same(before: Holding, after: Holding) -> bool:
+    """Whether readers of the one may go on as readers of the other: the same bytes at the same places."""
+    if before.manifest.provisional:
+        growing = before.provisional
+        known = growing is not None and growing.complete and growing.manifest() == after.manifest
+    else:
+        ids = [(each.manifest.content_id, each.manifest.derived_id, each.weights_id) for each in (before, after)]
+        known = ids[0] == ids[1]
+    return known and list(before.memory.segments) == list(after.memory.segments)
+
+
+def filling(record: PublicationRecord, available: Availability) -> PublicationRecord:
+    """``record`` of a shard of which only ``available`` is there."""
+    done = int(record.nbytes * available.fraction)
+    return dataclasses.replace(record, fraction=available.fraction, bytes_done=done)
+
+
+def from_disk(claim: Claim, memory: AddressSpace, provisional: Provisional) -> Holding:
+    """What a publication of ``claim`` relays while a disk is read into ``memory``: no ids, and itself followed."""
+    outline = Manifest(layout=provisional.layout, digests=b"")
+    return Holding(
+        manifest=outline,
+        memory=memory,
+        weights_id="",
+        provisional=provisional,
+        following=claim.replica_incarnation,
+    )
+
+
+def told(update: ProgressUpdate, holding: Holding | None) -> ProgressUpdate:
+    """``update`` with the digests of its leaves; as it is where there is no holding to tell them of."""
+    if holding is None:
+        return update
+    return dataclasses.replace(
+        update, digests=b"".join(holding.digests(each.first, each.count) for each in update.ranges)
+    )
+
+
 def status(claim: Claim, holding: Holding | None, life: Life, incarnation: str) -> PeerStatus:
     """See ``PeerService.status``."""
     return PeerStatus(
@@ -71,8 +138,8 @@ def status(claim: Claim, holding: Holding | None, life: Life, incarnation: str) 
         incarnation=incarnation,
         generation=life.generation,
         state=life.state,
-        content_id=holding.manifest.content_id if holding else "",
-        derived_id=holding.manifest.derived_id if holding else "",
+        content_id=holding.content_id if holding else "",
+        derived_id=holding.derived_id if holding else "",
         weights_id=holding.weights_id if holding else "",
     )
 
@@ -83,8 +150,8 @@ def header(claim: Claim, holding: Holding, life: Life, incarnation: str) -> Mani
         shard_key=claim.shard_key,
         incarnation=incarnation,
         generation=life.generation,
-        content_id=holding.manifest.content_id,
-        derived_id=holding.manifest.derived_id,
+        content_id=holding.content_id,
+        derived_id=holding.derived_id,
         weights_id=holding.weights_id,
         stage=claim.identity.stage,
         role=claim.identity.role,
@@ -138,8 +205,9 @@ def record(
     nbytes = holding.manifest.layout.nbytes
     return dataclasses.replace(
         told,
-        content_id=holding.manifest.content_id,
+        content_id=holding.content_id,
         weights_id=holding.weights_id,
+        following=holding.following,
         nbytes=nbytes,
         bytes_done=nbytes,
         fraction=1.0,

@@ -7,23 +7,28 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 from weightwire.auth import Secret
-from weightwire.errors import GenerationMoved, ProtocolError
+from weightwire.errors import GenerationMoved, ProtocolError, WeightwireError
 from weightwire.manifest.records import Manifest
 from weightwire.metadata.api import Keeping, Metadata
-from weightwire.observability.metrics import SERVED, Metrics, process_metrics
+from weightwire.observability.metrics import SERVED
+from weightwire.source.caps import Caps
 from weightwire.source.described import Claim
+from weightwire.source.driven import Driven
+from weightwire.source.leases import ReadLease
 from weightwire.source.publication import Publication
 from weightwire.source.scrub import Scrub
 from weightwire.transport.base import ReadGate, Registration, Transport
 from weightwire.transport.host import host_id
 from weightwire.types import Span
-from weightwire.wire.messages import ManifestHeader, OpenRead, PeerStatus, ProgressUpdate, ReadGrant
+from weightwire.wire.messages import Lease, ManifestHeader, OpenRead, PeerStatus, ProgressUpdate, ReadGrant
 from weightwire.wire.peer_service import PeerServer
 
 log = logging.getLogger(__name__)
 
+ANNOUNCE_S = 1.0
 TICK_S = 0.5
 STOP_S = 2.0
 
@@ -41,7 +46,7 @@ class Node:
         open_transports: see :data:`Transports`.
         bind: address that the peer endpoint listens on.
         advertise: address or name under which other hosts reach it.
-        metrics: of the process, where left out.
+        caps: of everything that it serves; none where left out.
 
     Attributes:
         scrub: of everything that it offers.
@@ -59,13 +64,15 @@ class Node:
         open_transports: Transports,
         bind: str,
         advertise: str,
-        metrics: Metrics | None = None,
+        caps: Caps | None = None,
     ) -> None:
         self.incarnation = uuid.uuid4().hex
         self.host = host_id()
         self.metadata = metadata
         self.keeper = keeper
-        self.metrics = metrics or process_metrics()
+        self.caps = caps or Caps()
+        self.metrics = self.caps.metrics
+        self._opening = threading.Lock()
         self._lock = threading.Lock()
         self._publications: dict[str, Publication] = {}
         self._ended: dict[str, tuple[int, int]] = {}  # generation and sequence that the next of the key goes on from
@@ -82,6 +89,9 @@ class Node:
     def announce(self, claim: Claim) -> Publication:
         """Tell the metadata server that this shard is being loaded here; bytes follow with ``hold`` and ``offer``.
 
+        Returns once the server has it, so that whoever asks it afterwards knows who came earlier; where it cannot be
+        reached within ``ANNOUNCE_S``, it is told later.
+
         Raises:
             ProtocolError: this process already publishes under that key.
         """
@@ -90,11 +100,20 @@ class Node:
                 raise ProtocolError("this process already publishes this shard", "withdraw the other one first")
             publication = Publication(self, claim, self._ended.get(claim.shard_key, (1, 0)))
             self._publications[claim.shard_key] = publication
-        self.keeper.add(publication)
+        self.keeper.add(publication, self._register(publication))
         return publication
 
-    def forget(self, publication: Publication) -> None:
-        """See ``publication.Home``."""
+    def _register(self, publication: Publication) -> Lease | None:
+        record = publication.current()
+        assert record is not None
+        try:
+            return self.metadata.publish(record, timeout=ANNOUNCE_S)
+        except WeightwireError as error:
+            log.info("the shard is announced later: %s", error)
+            return None
+
+    def forget(self, publication: Driven) -> None:
+        """See ``driven.Home``."""
         with self._lock:
             if self._publications.get(publication.claim.shard_key) is publication:
                 del self._publications[publication.claim.shard_key]
@@ -124,12 +143,21 @@ class Node:
         return self._publication(shard_key).manifest()
 
     def open_read(self, request: OpenRead) -> ReadGrant:
-        """See ``PeerService``."""
-        return self._publication(request.shard_key).open_read(request)
+        """See ``PeerService``.
+
+        Raises:
+            SourceBusy: as many processes as may are reading from this one.
+        """
+        publication = self._publication(request.shard_key)
+        with self._opening:  # two that come together must not both get the last place
+            self.caps.check(request.reader, self._leases())
+            grant = publication.open_read(request)
+        return replace(grant, rate=self._part())
 
     def progress(self, lease: bytes, since: int) -> Iterator[ProgressUpdate]:
-        """See ``PeerService``."""
-        return self._under(lease).progress_of(lease, since)
+        """See ``PeerService``; each update says what the reader may have from then on."""
+        for update in self._under(lease).progress_of(lease, since):
+            yield replace(update, rate=self._part())
 
     def close_read(self, lease: bytes) -> None:
         """See ``PeerService``."""
@@ -143,9 +171,18 @@ class Node:
 
     def admit(self, lease: bytes, span: Span, transport: str) -> Registration:
         """What a transport may serve under ``lease``; see ``LeaseTable.admit``."""
-        registration = self._under(lease).leases.admit(lease, span, transport)
+        publication = self._under(lease)
+        registration = publication.admit(lease, span, transport)
+        if publication.leases.sees(lease, transport):
+            self._part()
         self.metrics.moved(transport, SERVED, span.nbytes)
         return registration
+
+    def _leases(self) -> list[ReadLease]:
+        return [lease for publication in self._all() for lease in publication.leases.open()]
+
+    def _part(self) -> float:
+        return self.caps.part(self._leases(), self.transports) if self.caps.max_rate else 0.0
 
     def _publication(self, shard_key: str) -> Publication:
         with self._lock:
@@ -172,6 +209,7 @@ class Node:
             began = time.monotonic()
             for publication in self._all():
                 publication.tick()
+            self._part()
             if time.monotonic() - began > TICK_S:
                 log.debug("a tick took %.1f s", time.monotonic() - began)
 

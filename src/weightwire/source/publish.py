@@ -34,6 +34,7 @@ class PublishReport:
         content_id: of the shard.
         weights_id: of the replica.
         nbytes: offered.
+        relayed: bytes that others asked for while this shard was still being received, over transports that tell.
         held: bytes kept a second time for readers of the raw stage.
         transports: that serve it.
         unavailable: transport name -> why it does not.
@@ -47,6 +48,7 @@ class PublishReport:
     content_id: str = ""
     weights_id: str = ""
     nbytes: int = 0
+    relayed: int = 0
     held: int = 0
     transports: list[str] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
@@ -104,7 +106,7 @@ def publish_shard(
     clock.lap("register")
     report.published, report.content_id, report.weights_id = True, manifest.content_id, together
     report.nbytes, report.unavailable = manifest.layout.nbytes, dict(publication.memory.failed)
-    report.transports = publication.served
+    report.transports, report.relayed = publication.served, publication.relayed
     log.info("published %s of %s: %d bytes", report.stage, claim.identity.model_id, report.nbytes)
     return report
 

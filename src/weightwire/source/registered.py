@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from weightwire.errors import PublishError, TransferError
 from weightwire.manifest.address import AddressSpace
 from weightwire.source.leases import ReadLease
-from weightwire.transport.base import Registration, Transport
+from weightwire.transport.base import Registration, Transport, sees_reads
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,10 @@ class Registered:
         for name, registration in self.by_name.items():
             self._transports[name].deregister(registration, max(until, time.monotonic() + RELEASE_S))
         self.by_name = {}
+
+    def writable(self, lease: ReadLease) -> bool:
+        """Whether its holder could write to the memory unseen: it reaches it one-sided."""
+        return not all(sees_reads(self._transports[name]) for name in lease.transports)
 
     def endpoints(self, lease: ReadLease) -> dict[str, bytes]:
         """What a reader needs, by transport."""

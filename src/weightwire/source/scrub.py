@@ -146,6 +146,8 @@ def digest_aside(memory: AddressSpace, span: Span) -> bytes:
     """
     with contextlib.ExitStack() as aside:
         for device in {segment.device for segment in memory.slices(span)} - {"cpu"}:
+            # first the device: to leave a stream of another one than the thread's makes a context on the thread's
+            aside.enter_context(torch.cuda.device(device))
             aside.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))  # type: ignore[no-untyped-call]
         return digest_span(memory, span)
 

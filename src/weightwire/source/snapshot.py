@@ -78,11 +78,19 @@ class Snapshot:
         try:
             yield
         finally:
-            self._settle(clones)
+            counted = self._settle(clones)
             kept = {clone.original.data_ptr(): clone.copy.data_ptr() for clone in clones}
             after = own_tensors(module)
             self._learn(module)
-            self.held.replaced += sum(place.nbytes for name, place in raw.items() if place.left(after.get(name), kept))
+            self.held.replaced += sum(
+                place.nbytes
+                for name, place in raw.items()
+                if place.pointer not in counted and place.left(after.get(name), kept) and not self._lives_on(place)
+            )
+
+    def _lives_on(self, place: _Place) -> bool:
+        """Whether the model still uses that storage: only a view of it was replaced."""
+        return place.partial and bool(self._users({place.pointer})[place.pointer])
 
     def _detach(self, tensors: list[torch.Tensor]) -> list[_Clone]:
         pointers = {_pointer(tensor) for tensor in tensors} & self.published
@@ -116,19 +124,21 @@ class Snapshot:
             if users is not None and not any(tensor is known for known in users):
                 users.append(tensor)
 
-    def _settle(self, clones: list[_Clone]) -> None:
+    def _settle(self, clones: list[_Clone]) -> set[int]:
+        """Pointers of the originals that were counted."""
         unchanged: dict[int, _Clone] = {}
+        counted: set[int] = set()
         for clone in clones:
-            if self.foreign:
-                self.held.in_place += clone.nbytes if clone.used() else 0
-            elif clone.changed():
+            if clone.used() if self.foreign else clone.changed():
                 self.held.in_place += clone.nbytes
-            else:
+                counted.add(clone.original.data_ptr())
+            elif not self.foreign:
                 clone.revert()
                 unchanged[clone.copy.data_ptr()] = clone
         for tensor in _all_tensors(self.model) if unchanged else ():
             if _pointer(tensor) in unchanged:  # an alias that the transform made
                 _repoint(tensor, unchanged[_pointer(tensor)].original)
+        return counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +147,13 @@ class _Place:
 
     pointer: int
     nbytes: int
+    partial: bool
+    """It does not fill its storage."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Place:
-        return cls(_pointer(tensor), _bytes_of(tensor))
+        nbytes = _bytes_of(tensor)
+        return cls(_pointer(tensor), nbytes, nbytes < tensor.untyped_storage().nbytes())
 
     def left(self, now: torch.Tensor | None, clones: Mapping[int, int]) -> bool:
         """Whether ``now`` is neither there nor in the clone of it (``clones``: pointer of original -> of clone)."""

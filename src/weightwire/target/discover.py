@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,23 @@ from weightwire.errors import (
 )
 from weightwire.identity.identity import Identity
 from weightwire.manifest.records import Manifest
+from weightwire.manifest.reshard import MAX_RANKS
 from weightwire.metadata.decision import Group
-from weightwire.metadata.selection import Chosen, Conflict, Nothing, Outcome, Policy, Unpinned, Warming, choose
+from weightwire.metadata.selection import (
+    Chosen,
+    Conflict,
+    Nothing,
+    Outcome,
+    Policy,
+    Unpinned,
+    Warming,
+    choose,
+    to_follow,
+)
 from weightwire.observability.progress import Progress
 from weightwire.target.offer import Choice, Offer, Want
 from weightwire.target.reader import Reader
+from weightwire.target.relatives import relatives
 from weightwire.target.session import contact
 from weightwire.types import Coordinates, Json, Stage
 from weightwire.wire.messages import (
@@ -98,7 +111,13 @@ class Discovery:
         """
         shard_key = self.want.stages[choice.stage].shard_key(self.want.coordinates)
         listing = self.reader.metadata.find_shard(
-            FindShard(shard_key=shard_key, weights_id=choice.weights_id, exclude=(self.reader.incarnation,))
+            FindShard(
+                shard_key=shard_key,
+                weights_id=choice.weights_id,
+                exclude=(self.reader.incarnation,),
+                asker=self.reader.incarnation,
+                following=choice.follow,
+            )
         )
         last: WeightwireError = NoSourceError(
             f"nobody serves {self.want.coordinates.label()} of {self.want.identity.model_id}", "see: weightwire sources"
@@ -124,16 +143,50 @@ class Discovery:
     def _wait_for_choice(self) -> Choice:
         until = time.monotonic() + self.reader.wait_for_loading_s
         while True:
-            outcome = choose(self.reader.metadata.find_replicas(self._query), self._policy)
+            outcome = choose(self.reader.metadata.find_replicas(self.query), self.policy)
+            sizes: Mapping[str, int] = {}
+            followed = self._followed(outcome) if time.monotonic() < until else None
+            if followed is not None:
+                return followed
+            if isinstance(outcome, Nothing) and (time.monotonic() >= until or not self._patient(outcome)):
+                outcome, sizes = self._relative(outcome)
             if isinstance(outcome, Chosen):
                 group = outcome.group
-                return Choice(stage=group.stage, replica_key=group.replica_key, weights_id=group.weights_id)
+                return Choice(
+                    stage=group.stage,
+                    replica_key=group.replica_key,
+                    weights_id=group.weights_id,
+                    source_tp=sizes.get(group.replica_key, 0),
+                )
             if time.monotonic() >= until or not self._patient(outcome):
                 raise _error(outcome, self.want.identity)
             time.sleep(POLL_S)
 
+    def _followed(self, outcome: Outcome) -> Choice | None:
+        """A replica that is still reading its disk, to be followed instead of waited for."""
+        if not isinstance(outcome, Nothing):
+            return None
+        wanted = {identity.replica_key for identity in self.want.stages.values()}
+        found = to_follow(
+            (item for item in outcome.loading if item.replica_key in wanted), self.policy, self.reader.stall_s
+        )
+        if found is None:
+            return None
+        log.info("following replica %s, which is still reading its disk", found.replica_incarnation[:8])
+        return Choice(stage=found.stage, replica_key=found.replica_key, weights_id="", follow=found.replica_incarnation)
+
+    def _relative(self, nothing: Nothing) -> tuple[Outcome, Mapping[str, int]]:
+        """What could be resharded instead, and the tensor-parallel sizes by replica key."""
+        sizes = relatives(self.want, nothing.others)
+        if not sizes:
+            return nothing, sizes
+        query = FindReplicas(replica_keys=tuple(sizes), replica_incarnation=self.want.replica_incarnation)
+        outcome = choose(self.reader.metadata.find_replicas(query), self.policy)
+        return (nothing if isinstance(outcome, Nothing) else outcome), sizes
+
     @property
-    def _query(self) -> FindReplicas:
+    def query(self) -> FindReplicas:
+        """Which replicas would do."""
         identities = self.want.stages.values()
         return FindReplicas(
             replica_keys=tuple(identity.replica_key for identity in identities),
@@ -143,7 +196,8 @@ class Discovery:
         )
 
     @property
-    def _policy(self) -> Policy:
+    def policy(self) -> Policy:
+        """What the operator demands."""
         return Policy(
             weights_id=self.want.pinned,
             revision=self.want.identity.revision or "",
@@ -182,8 +236,12 @@ def fetch_manifest(
         header, manifest = client.manifest(candidate.record.shard_key, timeout=reader.load_s)
     finally:
         client.close()
-    agreed = (choice.weights_id, choice.stage, candidate.record.content_id, coordinates)
-    if (header.weights_id, header.stage, header.content_id, header.coordinates) != agreed:
+    agreed = [choice.stage, coordinates]
+    offered: list[object] = [header.stage, header.coordinates]
+    if not choice.follow:  # ids of what is followed become known while it is read
+        agreed += [choice.weights_id, candidate.record.content_id]
+        offered += [header.weights_id, header.content_id]
+    if offered != agreed or (manifest.provisional and not choice.follow):
         raise ProtocolError(f"{client.target} offers something else than it published", "another source is tried")
     return header, manifest
 
@@ -237,8 +295,10 @@ def _miss(error: WeightwireError) -> dict[str, Json]:
 
 def _choice(recorded: Json) -> Choice:
     match recorded:
-        case {"stage": str(stage), "replica_key": str(key), "weights_id": str(weights)}:
-            return Choice(stage=Stage(stage), replica_key=key, weights_id=weights)
+        case {"stage": str(stage), "replica_key": str(key), "weights_id": str(weights), **more}:
+            size, follow = more.get("source_tp", 0), more.get("follow", "")
+            if isinstance(size, int) and 0 <= size <= MAX_RANKS and isinstance(follow, str):
+                return Choice(stage=Stage(stage), replica_key=key, weights_id=weights, source_tp=size, follow=follow)
         case {"miss": str(kind), "problem": str(problem), "remedy": str(remedy)} if kind in MISSES:
             raise MISSES[kind](problem, remedy)
     raise DecisionError("a recorded choice is malformed", "do all ranks run the same version?")

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from weightwire.identity.identity import Identity
+from weightwire.manifest.provisional import Expected, Provisional
 from weightwire.manifest.records import Manifest
+from weightwire.manifest.reshard import MAX_AMPLIFICATION
 from weightwire.types import Coordinates, Json, Stage
 from weightwire.wire.messages import Candidate, ManifestHeader
 
@@ -24,6 +26,8 @@ class Want:
         accept_unpinned: take any revision where the identity names none.
         replica_incarnation: this replica's own, if it announced itself, so that it never waits for itself.
         has_disk: there is another way to the weights; without one it is worth waiting for a server that is warming up.
+        reshard: where nothing of the own parallel sizes is there, take raw bytes of another tensor-parallel size.
+        max_amplification: bytes read over bytes needed, at most, where that is done.
     """
 
     stages: Mapping[Stage, Identity]
@@ -33,6 +37,8 @@ class Want:
     accept_unpinned: bool = False
     replica_incarnation: str = ""
     has_disk: bool = True
+    reshard: bool = False
+    max_amplification: float = MAX_AMPLIFICATION
 
     @property
     def identity(self) -> Identity:
@@ -42,15 +48,38 @@ class Want:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What all ranks take: one replica key's weights."""
+    """What all ranks take: one replica key's weights.
+
+    Attributes:
+        source_tp: tensor-parallel size of that replica where it is not ours, else 0.
+        follow: replica incarnation of a reader of a disk that is followed. Then there is no weights id yet: all ranks
+            take from ranks of that one replica, or of those who follow it, and check at the end what it was.
+    """
 
     stage: Stage
     replica_key: str
     weights_id: str
+    source_tp: int = 0
+    follow: str = ""
 
     def to_json(self) -> dict[str, Json]:
         """For the decision store."""
-        return {"stage": self.stage.value, "replica_key": self.replica_key, "weights_id": self.weights_id}
+        plain: dict[str, Json] = {"stage": self.stage.value, "replica_key": self.replica_key}
+        plain["weights_id"] = self.weights_id
+        if self.source_tp:
+            plain["source_tp"] = self.source_tp
+        if self.follow:
+            plain["follow"] = self.follow
+        return plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One rank of a source with another tensor-parallel size: its manifest, and who serves it, best first."""
+
+    header: ManifestHeader
+    manifest: Manifest
+    candidates: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +92,9 @@ class Offer:
         manifest: of this rank's shard.
         origin: who gave the manifest.
         candidates: everybody who serves this shard of these weights, best first.
+        shards: of all ranks of a source with another tensor-parallel size, in rank order; else empty. ``header``,
+            ``manifest``, ``origin`` and ``candidates`` are those of its rank 0.
+        provisional: what ``manifest`` becomes, where a replica is followed; made once the layouts were compared.
     """
 
     choice: Choice
@@ -70,3 +102,10 @@ class Offer:
     manifest: Manifest
     origin: Candidate
     candidates: tuple[Candidate, ...]
+    shards: tuple[Shard, ...] = ()
+    provisional: Provisional | None = None
+
+    @property
+    def expected(self) -> Expected:
+        """What is verified against."""
+        return self.provisional or self.manifest

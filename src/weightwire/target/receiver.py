@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from weightwire.errors import (
-    AuthError,
     DecisionError,
+    DigestMismatch,
     FenceTimeout,
-    GenerationMoved,
-    ProtocolError,
-    TransferError,
     WeightwireError,
 )
+from weightwire.manifest.availability import Availability
 from weightwire.manifest.catalogue import Catalogue
-from weightwire.manifest.leaves import chunk_bytes
 from weightwire.manifest.plan import TransferPlan, plan
+from weightwire.manifest.provisional import Provisional
 from weightwire.manifest.records import Manifest, weights_id
+from weightwire.manifest.reshard import ReshardPlan
 from weightwire.metadata.decision import Group, Vote
 from weightwire.observability.metrics import PHASES, RECEIVED, process_metrics
 from weightwire.observability.progress import Progress, silent
-from weightwire.target.discover import Discovery, fetch_manifest
+from weightwire.target.discover import Discovery
+from weightwire.target.family import gather
+from weightwire.target.fetch import Fetch
+from weightwire.target.following import outcome, refuse_conflict
 from weightwire.target.offer import Offer, Want
-from weightwire.target.pull import BadLeaf, Bounds, PeerShare, Pull
 from weightwire.target.reader import Reader
-from weightwire.target.report import LoadReport, Share, Step
-from weightwire.target.session import PeerSession
-from weightwire.target.worklist import WorkList, chunked
+from weightwire.target.relaying import NoRelay, Relay
+from weightwire.target.report import LoadReport, Step
+from weightwire.target.reshard import Resharding, plan_offer
 from weightwire.transport.base import Registration
 from weightwire.types import Json, TensorClass
-from weightwire.wire.messages import Candidate, ManifestHeader
+from weightwire.wire.messages import FindShard, ManifestHeader
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ class Receiver:
         group: the ranks that decide together; its epoch belongs to this load alone.
         progress: see ``observability.progress``.
         poison: overwrite everything before the first byte (a debugging aid: what was not filled then shows).
+        relay: passes on what has arrived, from the ranks' agreement on. It goes on after ``fill`` has returned; where
+            ``fill`` raises, it was ended before anything else was done to the memory.
         report: filled as the load goes on; complete when ``fill`` returns or raises.
     """
 
@@ -55,6 +57,7 @@ class Receiver:
     group: Group
     progress: Progress = silent
     poison: bool = False
+    relay: Relay = field(default_factory=NoRelay)
     report: LoadReport = field(default_factory=LoadReport)
     _offer: Offer | None = None
     _declined: WeightwireError | None = None
@@ -66,16 +69,17 @@ class Receiver:
             NoSourceError, WeightsConflict, MetadataError: as ``Discovery.choose``; every rank raises the same.
             TransferError: this rank cannot get its manifest. The other ranks are told so at once.
         """
-        discovery = Discovery(reader=self.reader, want=self.want, group=self.group, progress=self.progress)
+        discovery = self._discovery
         with self.report.phase("discover"):
             choice = discovery.choose()
             try:
-                self._offer = discovery.offer(choice)
+                resharded = choice.source_tp > 0
+                self._offer = gather(self.reader, self.want, choice) if resharded else discovery.offer(choice)
             except WeightwireError as error:
                 self.decline(error)
                 raise
         self.report.stage = choice.stage.value
-        self.report.weights_id = choice.weights_id
+        self.report.weights_id, self.report.followed = choice.weights_id, choice.follow
         self.report.revision = self._offer.header.revision or None
         self.report.unpinned = self.want.identity.revision is None
         if self.report.unpinned:
@@ -103,30 +107,36 @@ class Receiver:
         """
         assert self._offer is not None, "find first"
         with self.report.phase("plan"):
-            agreed = self._agree(catalogue, self._offer.manifest)
+            agreed = self._agree(catalogue, self._offer)
         kept = catalogue.save(_not_refillable(catalogue))
         if self.poison:
             catalogue.poison()
+            if self._offer.shards:
+                catalogue.restore(kept)  # derived tensors do not travel then
         began = time.monotonic()
         try:
-            self._pull(catalogue, agreed)
+            manifest = self._take(catalogue, agreed, self._offer)
         except WeightwireError as error:
+            self.relay.end()
             if not isinstance(error, FenceTimeout):
                 catalogue.restore(kept)
             self._step("failed", error, began)
             self._finish(Vote(ok=False, reason=error.problem))
             raise
         _measure(self.report)
-        verdict = self._finish(Vote(ok=True, value=[self.want.coordinates.label(), agreed.manifest.content_id]))
+        told = [self.want.coordinates.label(), manifest.content_id, self.report.weights_id]
+        verdict = self._finish(Vote(ok=True, value=list[Json](told)))
         if verdict is not None:
+            self.relay.end()
             catalogue.restore(kept)
             self._step("failed", verdict, began)
             raise verdict
         self._step("ok", None, began)
         process_metrics().load("peer")
         self.report.source, self.report.verified = "peer", True
-        self.report.content_id = agreed.manifest.content_id
-        self.report.manifest = agreed.manifest
+        self.report.content_id = manifest.content_id
+        self.report.manifest = manifest
+        self._offer = replace(self._offer, manifest=manifest)
         return self.report
 
     @property
@@ -141,142 +151,92 @@ class Receiver:
         assert self._offer is not None
         return self._offer.manifest
 
-    def _agree(self, catalogue: Catalogue, manifest: Manifest) -> TransferPlan:
+    def _agree(self, catalogue: Catalogue, offer: Offer) -> TransferPlan | ReshardPlan:
+        planned: TransferPlan | ReshardPlan
         try:
-            planned = plan(catalogue.layout, manifest)
+            resharded = bool(offer.shards)
+            if resharded:
+                planned = plan_offer(catalogue, offer, self.want)
+            else:
+                planned = plan(catalogue.layout, offer.manifest, provisional=bool(offer.choice.follow))
         except WeightwireError as error:
             self.decline(error)
             raise
         verdict = self.group.vote("plan", Vote(ok=True))
         if not verdict.ok:
             raise DecisionError(f"not all ranks can take their weights from a peer: {verdict.reason}", "see that rank")
+        if offer.choice.follow and isinstance(planned, TransferPlan):  # only now may leaves of theirs be counted
+            growing = Provisional(planned.layout)
+            growing.tell(0, offer.manifest.digests)
+            self._offer = replace(offer, provisional=growing)
         return planned
 
-    def _pull(self, catalogue: Catalogue, planned: TransferPlan) -> None:
+    def _take(self, catalogue: Catalogue, planned: TransferPlan | ReshardPlan, offer: Offer) -> Manifest:
+        """Fill ``catalogue``; the manifest of what it holds then."""
+        if isinstance(planned, TransferPlan):
+            deadline = time.monotonic() + self.reader.load_s
+            received = self._pull(catalogue, planned)
+            assert self._offer is not None
+            growing = self._offer.provisional
+            return received if growing is None else self._confirm(growing.manifest(), self._offer, deadline)
+        resharding = Resharding(
+            reader=self.reader, offer=offer, planned=planned, report=self.report, progress=self.progress
+        )
+        return resharding.run(catalogue)
+
+    def _confirm(self, manifest: Manifest, offer: Offer, deadline: float) -> Manifest:
+        """Of what was followed: what it turned out to be. Until then nothing of it counts."""
+        find = FindShard(
+            shard_key=offer.origin.record.shard_key,
+            weights_id="",
+            exclude=(self.reader.incarnation,),
+            following=offer.choice.follow,
+        )
+        with self.report.phase("confirm"):
+            weights = outcome(self.reader, find, offer.candidates, manifest, deadline)
+            if self.group.rank == 0:
+                asked = self._discovery
+                same = replace(asked.query, replica_keys=(offer.choice.replica_key,))  # other stages have other ids
+                refuse_conflict(self.reader, same, asked.policy, weights)
+        self.report.weights_id = weights
+        return manifest
+
+    @property
+    def _discovery(self) -> Discovery:
+        return Discovery(reader=self.reader, want=self.want, group=self.group, progress=self.progress)
+
+    def _pull(self, catalogue: Catalogue, planned: TransferPlan) -> Manifest:
         memory = catalogue.bind(planned.layout)
+        assert self._offer is not None
+        available = Availability(len(planned.layout.leaves))
         with self.report.phase("register"):
-            into = {name: transport.register(memory) for name, transport in self.reader.transports.items()}
+            served = self.relay.begin(self._offer, memory, available)
+            own = {name: each.register(memory) for name, each in self.reader.transports.items() if name not in served}
+        fetch = Fetch(
+            reader=self.reader,
+            want=self.want,
+            offer=self._offer,
+            into={name: own.get(name) or served[name] for name in self.reader.transports},
+            report=self.report,
+            progress=self.progress,
+            relay=self.relay,
+            available=available,
+            relaying=bool(served),
+        )
         try:
             with self.report.phase("transfer"):
-                self._fetch(planned, into)
+                self._offer = fetch.run(planned)
         finally:
-            self._release(into)
+            self._release(own)
+        if self.relay.broken:
+            raise DigestMismatch("bytes changed in memory after they were verified", "suspect this machine's memory")
         catalogue.apply_copies(planned.copies)
         catalogue.restore_references()
+        return self._offer.manifest  # not the planned one: derived tensors may have come from another peer
 
     def _release(self, into: dict[str, Registration]) -> None:
         for name, registration in into.items():
             self.reader.transports[name].deregister(registration, time.monotonic() + self.reader.stall_s)
-
-    def _fetch(self, planned: TransferPlan, into: dict[str, Registration]) -> None:
-        assert self._offer is not None
-        deadline = time.monotonic() + self.reader.load_s
-        tally = _Tally(self.progress, planned.layout.nbytes)
-        weights, end = planned.layout.weight_leaves, len(planned.layout.leaves)
-        if len(self._offer.candidates) == 1:  # derived leaves come from the same peer: no second connection
-            weights = end
-        self._run(planned.manifest, range(weights), into, self._offer.candidates, deadline, tally)
-        if weights < end:
-            self._fetch_derived(range(weights, end), into, deadline, tally)
-        self.report.nbytes = sum(share.nbytes for share in self.report.shares)
-
-    def _fetch_derived(
-        self,
-        derived: range,
-        into: dict[str, Registration],
-        deadline: float,
-        tally: _Tally,
-    ) -> None:
-        """Derived leaves differ innocently between replicas: all from one peer, under that peer's own manifest."""
-        assert self._offer is not None
-        offer = self._offer
-        others = [each for each in offer.candidates if each.record.incarnation != offer.origin.record.incarnation]
-        for candidate in (offer.origin, *others):
-            try:
-                if candidate is not offer.origin:
-                    self._offer = self._adopt(candidate, offer)
-                self._run(self._offer.manifest, derived, into, (candidate,), deadline, tally)
-            except FenceTimeout:
-                raise
-            except (TransferError, AuthError) as error:
-                last: WeightwireError = error
-                self.report.warnings.append(f"{candidate.record.incarnation[:8]} was not used: {error.problem}")
-            else:
-                return
-        raise last
-
-    def _adopt(self, candidate: Candidate, offer: Offer) -> Offer:
-        """``offer`` with the manifest of another of its candidates, which must describe the same tensors."""
-        header, manifest = fetch_manifest(self.reader, candidate, offer.choice, self.want.coordinates)
-        if manifest.layout != offer.manifest.layout:
-            raise ProtocolError("it describes the same weights otherwise", "another source is tried")
-        return replace(offer, header=header, manifest=manifest, origin=candidate)
-
-    def _run(
-        self,
-        manifest: Manifest,
-        leaves: range,
-        into: dict[str, Registration],
-        candidates: tuple[Candidate, ...],
-        deadline: float,
-        tally: _Tally,
-    ) -> None:
-        size = chunk_bytes(manifest.layout.nbytes)
-        work = WorkList(chunked(manifest.layout.leaves, leaves, size))
-        bounds = Bounds(deadline=deadline, stall_s=self.reader.stall_s)
-        pull = Pull(manifest, into, work, bounds, tally)
-        opened: list[PeerSession] = []
-        try:
-            pull.run(self._sessions(candidates, manifest.content_id, opened))
-        finally:
-            self._account(pull, opened)
-
-    def _sessions(
-        self, candidates: tuple[Candidate, ...], content_id: str, opened: list[PeerSession]
-    ) -> Iterator[PeerSession]:
-        for candidate in candidates:
-            try:
-                session = PeerSession(self.reader, candidate, content_id)
-            except (TransferError, AuthError) as error:
-                self.report.warnings.append(f"{candidate.record.incarnation[:8]} was not used: {error.problem}")
-                log.warning("%s", error)
-                continue
-            opened.append(session)
-            yield session
-
-    def _account(self, pull: Pull, opened: list[PeerSession]) -> None:
-        report = pull.report
-        self.report.retries += report.retries
-        self.report.seconds["verify"] = self.report.seconds.get("verify", 0.0) + report.verify_s
-        for share, session in zip(report.shares, opened, strict=False):
-            self.report.warnings += session.warnings
-            self._note(share)
-            if share.error is not None:
-                self._judge(share, session)
-            session.close()
-
-    def _note(self, share: PeerShare) -> None:
-        known = {(old.peer, old.path): at for at, old in enumerate(self.report.shares)}
-        at = known.get((share.peer, share.path))
-        if at is None:
-            self.report.shares.append(
-                Share(peer=share.peer, path=share.path, nbytes=share.nbytes, bad_leaves=share.bad_leaves)
-            )
-            return
-        old = self.report.shares[at]
-        self.report.shares[at] = Share(
-            peer=old.peer, path=old.path, nbytes=old.nbytes + share.nbytes, bad_leaves=old.bad_leaves + share.bad_leaves
-        )
-
-    def _judge(self, share: PeerShare, session: PeerSession) -> None:
-        error = share.error
-        assert error is not None
-        self.report.warnings.append(f"{share.peer} was dropped: {error.problem}")
-        process_metrics().retry(type(error).__name__)
-        process_metrics().bad_leaves(share.bad_leaves)
-        if isinstance(error, GenerationMoved) or session.moved():
-            return  # it withdrew, as it may: no blame
-        session.blame(error, error.leaf if isinstance(error, BadLeaf) else -1)
 
     def _finish(self, mine: Vote) -> WeightwireError | None:
         """Say how it went here and hear how it went everywhere; what is wrong, if anything."""
@@ -284,8 +244,11 @@ class Receiver:
             verdict = self.group.vote("received", mine, timeout=self.reader.load_s + self.group.vote_s)
         if not verdict.ok:
             return DecisionError(f"not all ranks received their weights: {verdict.reason}", "see that rank's log")
-        received = weights_id({str(pair[0]): str(pair[1]) for pair in map(_pair, verdict.values)})
-        if received != self.report.weights_id:
+        ranks = list(map(_received, verdict.values))
+        received = weights_id({label: content for label, content, _ in ranks})
+        if self.report.resharded_from:  # new weights to others: the source's were checked when they were found
+            self.report.weights_id = received
+        elif {told for _, _, told in ranks} != {received}:
             return DecisionError(
                 "the ranks received different weights", "this is a bug or an attack; see the manifests"
             )
@@ -299,17 +262,6 @@ class Receiver:
         )
 
 
-class _Tally:
-    """Counts verified bytes for the progress callback; called from several lanes."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def __call__(self, nbytes: int) -> None:
-        self.done += nbytes
-        self.progress("transfer", self.done, self.total, "bytes")
-
-
 def _measure(report: LoadReport) -> None:
     """What the process's metrics are told of a load whose bytes have arrived."""
     metrics = process_metrics()
@@ -319,6 +271,7 @@ def _measure(report: LoadReport) -> None:
     for share in report.shares:
         transport = share.path.partition("/")[0]
         metrics.moved(transport, RECEIVED, share.nbytes)
+        metrics.relayed(RECEIVED, share.relayed)
         metrics.path(transport, share.path)
 
 
@@ -331,8 +284,9 @@ def _not_refillable(catalogue: Catalogue) -> list[str]:
     ]
 
 
-def _pair(value: Json) -> tuple[str, str]:
+def _received(value: Json) -> tuple[str, str, str]:
+    """A rank's label, the content id of what it received, and the weights id that it was to be part of."""
     match value:
-        case [str(label), str(content)]:
-            return label, content
+        case [str(label), str(content), str(told)]:
+            return label, content, told
     raise DecisionError("a rank's vote is malformed", "do all ranks run the same version?")

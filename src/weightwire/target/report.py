@@ -32,12 +32,13 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one peer contributed: ``nbytes`` verified bytes over ``path``."""
+    """What one peer contributed: ``nbytes`` verified bytes over ``path``, ``relayed`` of them as a relay."""
 
     peer: str
     path: str
     nbytes: int
     bad_leaves: int = 0
+    relayed: int = 0
 
 
 @dataclass(kw_only=True)
@@ -54,11 +55,18 @@ class LoadReport:
         unpinned: the target named no revision, so any source's was taken.
         nbytes: bytes received.
         seconds: phase -> seconds (``discover``, ``plan``, ``register``, ``transfer``, ``verify``, ``decide`` …).
-            ``verify`` runs inside ``transfer`` and is summed over lanes.
+            ``verify`` runs inside ``transfer`` and is summed over lanes; so do ``paced`` (our own reads were held back
+            to keep to a source's cap, likewise summed) and ``queue`` (every source served as many readers as it takes).
         shares: who contributed what.
+        followed: the replica incarnation that was still reading its disk when it was chosen, or empty.
         steps: the fallback ladder as it was climbed.
         retries: chunks that had to be asked again.
+        duplicated: bytes that were asked for twice at the end, because one peer was much slower than another.
         warnings: slow paths and other things that a person should know, one line each.
+        resharded_from: tensor-parallel size of the source where it was another one than ours, else 0. Then
+            ``weights_id`` and ``content_id`` are of what this replica now holds.
+        source_weights_id: what the source held, where it was resharded.
+        amplification: bytes read over bytes needed, where it was resharded.
         manifest: of the received bytes, for publishing them on; ``None`` for ``disk``. Not part of ``to_json``.
     """
 
@@ -67,6 +75,7 @@ class LoadReport:
     verified: bool = False
     content_id: str = ""
     weights_id: str = ""
+    followed: str = ""
     revision: str | None = None
     unpinned: bool = False
     nbytes: int = 0
@@ -74,7 +83,11 @@ class LoadReport:
     shares: list[Share] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     retries: int = 0
+    duplicated: int = 0
     warnings: list[str] = field(default_factory=list)
+    resharded_from: int = 0
+    source_weights_id: str = ""
+    amplification: float = 1.0
     manifest: Manifest | None = field(default=None, repr=False, compare=False)
 
     @contextlib.contextmanager

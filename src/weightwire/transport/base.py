@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 from weightwire.manifest.address import AddressSpace
+from weightwire.manifest.host_digest import ArrivingDigests
 from weightwire.types import Span
 
 
@@ -32,6 +33,7 @@ class ReadGate(Protocol):
 
         Raises:
             GenerationMoved: the lease is over because the source withdrew or changed what it had published.
+            NotYet: this source is still filling, and ``span`` is not there yet.
             ProtocolError: the lease is unknown, or ``span`` is outside what may be read under it.
         """
         ...
@@ -51,8 +53,27 @@ class Read(Protocol):
                 used for anything else.
             PeerLost: the connection broke.
             GenerationMoved: the source says that the lease is over.
+            NotYet: the source does not have these bytes yet; nothing was written, and the connection goes on.
             ProtocolError: the peer answered outside the protocol.
         """
+        ...
+
+
+@runtime_checkable
+class GrowingRead(Read, Protocol):
+    """A read whose bytes come in logical order, so that the first of them can be digested while others are coming."""
+
+    def wait_for(self, nbytes: int, deadline: float) -> None:
+        """Return once the first ``nbytes`` bytes of it are in place; otherwise as ``wait``."""
+        ...
+
+
+@runtime_checkable
+class DigestingRead(GrowingRead, Protocol):
+    """One whose bytes can be digested on their way into host memory, while they are in a cache."""
+
+    def wait_digested(self, arriving: ArrivingDigests, deadline: float) -> None:
+        """As ``wait``, where the read is of just the leaves of ``arriving``, which has their digests afterwards."""
         ...
 
 
@@ -142,6 +163,21 @@ class Transport(Protocol):
     def close(self) -> None:
         """End all serving and all connections; idempotent, bounded."""
         ...
+
+
+def source_paces(transport: Transport) -> bool:
+    """Whether a source keeps to its cap by itself on this transport (``SOURCE_PACES``); else its readers have to."""
+    return bool(getattr(transport, "SOURCE_PACES", False))
+
+
+def sees_reads(transport: Transport) -> bool:
+    """Whether the gate is asked for every read (``GATE_SEES_READS``); else memory is reached one-sided."""
+    return bool(getattr(transport, "GATE_SEES_READS", True))
+
+
+def worthwhile_bytes(connection: Connection) -> int:
+    """What one read should ask for at least, where so much is missing (``read_bytes``); 0 where it does not matter."""
+    return int(getattr(connection, "read_bytes", 0))
 
 
 MAX_ENDPOINT_BYTES = 64 * 1024 * 1024

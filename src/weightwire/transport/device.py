@@ -198,7 +198,9 @@ class _TorchStage:
     @contextlib.contextmanager
     def _in_order(self) -> Iterator[None]:
         """Copies follow what was queued on the default stream, an initialisation of the same memory for instance."""
-        with _translated(self._device), self._torch.cuda.stream(self._stream):
+        # the device, too: leaving a stream of another one than the thread's would make a context on the thread's
+        cuda = self._torch.cuda
+        with _translated(self._device), cuda.device(self._device), cuda.stream(self._stream):
             self._stream.wait_stream(self._torch.cuda.default_stream(self._device))
             yield
 

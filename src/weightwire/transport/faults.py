@@ -226,6 +226,12 @@ class FaultyConnection:
         timer.daemon = True
         timer.start()
 
+    def write_now(self, place: _Place, bits: int) -> None:
+        """Flip ``bits`` bits, unless fenced by now."""
+        with self._state:
+            if not self._fenced:
+                place.flip(bits)
+
     def _write(self, place: _Place, data: bytes) -> None:
         with self._state:  # a fence waits for this lock, so that nothing is written once it has returned
             if not self._fenced:
@@ -266,7 +272,7 @@ class FaultyRead:
     def _after(self) -> None:
         fault = self._fault
         if isinstance(fault, Corrupt):
-            self._place.flip(fault.bits)
+            self._connection.write_now(self._place, fault.bits)
         elif isinstance(fault, Duplicate):
             data = self._place.load()
             if fault.inverted:

@@ -54,6 +54,9 @@ class Landing:
     Args:
         segments: memory of one read, kept alive by the caller.
         staging: used while this landing is open, by nothing else, and by one thread.
+
+    Attributes:
+        direct: bytes are in place as soon as ``advance`` is told of them; elsewhere only once all are.
     """
 
     def __init__(self, segments: Sequence[Segment], staging: Staging) -> None:
@@ -61,12 +64,24 @@ class Landing:
         self._buffers: deque[memoryview] = deque()
         self._staged: tuple[Stage, list[Segment]] | None = None
         self._copying: set[Stage] = set()
+        self.direct = memory.on_host(segments)
         self._runs = memory.runs(segments, staging.nbytes)
         self._open_next()
 
-    def buffers(self, most: int) -> list[memoryview]:
-        """Where the next bytes go, at most ``most`` buffers; empty when all are in place."""
-        return list(itertools.islice(self._buffers, most))
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes are in place."""
+        return not self._buffers
+
+    def buffers(self, most: int, nbytes: int = 1 << 62) -> list[memoryview]:
+        """Where the next bytes go: at most ``most`` buffers, of ``nbytes`` at most; none when all are in place."""
+        found = []
+        for buffer in itertools.islice(self._buffers, most):
+            found.append(buffer if buffer.nbytes <= nbytes else buffer[:nbytes])
+            nbytes -= found[-1].nbytes
+            if not nbytes:
+                break
+        return found
 
     def advance(self, nbytes: int) -> None:
         """The first ``nbytes`` of the buffers were filled.

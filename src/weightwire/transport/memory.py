@@ -59,6 +59,20 @@ def consume(buffers: deque[memoryview], nbytes: int) -> None:
         buffers.popleft()
 
 
+def take(buffers: deque[memoryview], nbytes: int) -> deque[memoryview]:
+    """The first ``nbytes`` of ``buffers``, or all where they are fewer; they leave ``buffers``."""
+    taken: deque[memoryview] = deque()
+    while buffers and nbytes:
+        first = buffers[0]
+        if first.nbytes > nbytes:
+            taken.append(first[:nbytes])
+            buffers[0] = first[nbytes:]
+            break
+        nbytes -= first.nbytes
+        taken.append(buffers.popleft())
+    return taken
+
+
 def runs(segments: Sequence[Segment], stage_bytes: int = STAGE_BYTES) -> Iterator[list[Segment]]:
     """Cut ``segments`` into runs that are handled alike, in order.
 

@@ -11,6 +11,8 @@ from weightwire.config import Settings
 from weightwire.errors import ConfigError, TransferError, WeightwireError
 from weightwire.transport.base import ReadGate, Transport
 from weightwire.transport.inproc import InprocTransport
+from weightwire.transport.pacing import Pacer
+from weightwire.transport.tcp.settings import READ_BYTES, STREAMS, TcpSettings
 from weightwire.transport.tcp.transport import TcpTransport
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,9 @@ class Opened:
     unavailable: dict[str, str] = field(default_factory=dict)
 
 
-def open_transports(settings: Settings, secret: Secret, gates: Gates | None, bind: str, advertise: str) -> Opened:
+def open_transports(
+    settings: Settings, secret: Secret, gates: Gates | None, bind: str, advertise: str, pacer: Pacer | None = None
+) -> Opened:
     """Open every transport of ``settings``, in their order.
 
     Args:
@@ -41,6 +45,7 @@ def open_transports(settings: Settings, secret: Secret, gates: Gates | None, bin
         gates: for a process that serves; ``None`` for one that only reads.
         bind: address to serve on.
         advertise: address or name under which other hosts reach it.
+        pacer: keeps what is served to a rate, on transports that can do so.
 
     Raises:
         ConfigError: none of them works here; names each with its reason.
@@ -51,7 +56,7 @@ def open_transports(settings: Settings, secret: Secret, gates: Gates | None, bin
             opened.unavailable[name] = "require_rdma is set"
             continue
         try:
-            opened.transports[name] = _open(name, settings, secret, gates, (bind, advertise))
+            opened.transports[name] = _open(name, settings, secret, gates, (bind, advertise), pacer)
         except (ConfigError, TransferError) as error:
             opened.unavailable[name] = error.problem
             log.warning("transport %s is not available: %s", name, error)
@@ -70,10 +75,21 @@ def close_transports(opened: Opened) -> None:
             log.warning("closing %s: %s", name, error)
 
 
-def _open(name: str, settings: Settings, secret: Secret, gates: Gates | None, where: tuple[str, str]) -> Transport:
+def _open(
+    name: str, settings: Settings, secret: Secret, gates: Gates | None, where: tuple[str, str], pacer: Pacer | None
+) -> Transport:
     gate = gates(name) if gates else None
     if name == "tcp":
-        return TcpTransport(secret, gate, host=where[0], advertise=[where[1]])
+        return TcpTransport(
+            secret,
+            gate,
+            host=where[0],
+            advertise=[where[1]],
+            pacer=pacer,
+            settings=TcpSettings(
+                streams=settings.tcp_streams or STREAMS, read_bytes=settings.tcp_read_bytes or READ_BYTES
+            ),
+        )
     if name == "inproc":
         return InprocTransport(gate)
     from weightwire.transport.nixl import NixlTransport  # noqa: PLC0415  (an optional, heavy package)

@@ -29,6 +29,8 @@ MAX_TRANSPORTS = 16
 MAX_RANGES = 65_536
 MAX_DECISION_BYTES = 256 * 1024
 MAX_WAIT_S = 3600.0
+MAX_RATE = 1e15
+"""Bytes a second."""
 
 TEXTS = {
     "shard_key": 256,
@@ -39,6 +41,7 @@ TEXTS = {
     "incarnation": 128,
     "replica_incarnation": 128,
     "exclude": 128,
+    "asker": 128,
     "reporter": 128,
     "reader": 128,
     "lease_id": 128,
@@ -46,6 +49,8 @@ TEXTS = {
     "content_id": 128,
     "derived_id": 128,
     "weights_id": 128,
+    "layout_digest": 128,
+    "following": 128,
     "model_id": 1024,
     "revision": 256,
     "revisions": 256,
@@ -85,7 +90,10 @@ COUNTS = {
 }
 """Most elements of each repeated field; every answer stays below ``MAX_MESSAGE_BYTES`` with all of them full."""
 
-BYTES = {"lease": 256, "value": MAX_DECISION_BYTES}
+MAX_TOLD_BYTES = 1024 * 1024
+"""Digests that one ``Progress`` update tells: 65,536 leaves; more come in further updates."""
+
+BYTES = {"lease": 256, "value": MAX_DECISION_BYTES, "digests": MAX_TOLD_BYTES}
 """Longest legal byte strings."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -164,11 +165,20 @@ class _StalledError(Exception):
 
 
 class _Stream:
-    """The answers of one call, each awaited for a bounded time where a bound is given."""
+    """The answers of one call, each awaited for a bounded time where a bound is given.
+
+    One thread watches over all of them: one a message cost as much as all else that is done for it.
+    """
 
     def __init__(self, call: Any, stall_s: float | None) -> None:
         self._call = call
         self._stall_s = stall_s
+        self._due = math.inf
+        self._stalled = False
+        if stall_s is not None:
+            over = threading.Event()
+            if call.add_callback(over.set):  # false: it has ended already
+                threading.Thread(target=self._watch, args=(over, stall_s), name="weightwire-stall", daemon=True).start()
 
     def __iter__(self) -> _Stream:
         return self
@@ -176,26 +186,29 @@ class _Stream:
     def __next__(self) -> Any:
         if self._stall_s is None:
             return next(self._call)
-        fired = threading.Event()
-        timer = threading.Timer(self._stall_s, self._fire, [fired])
-        timer.daemon = True
-        timer.start()
+        self._due = time.monotonic() + self._stall_s
         try:
             return next(self._call)
         except grpc.RpcError as error:
-            if fired.is_set():
+            if self._stalled:
                 raise _StalledError from error
             raise
         finally:
-            timer.cancel()
+            self._due = math.inf
 
     def cancel(self) -> None:
         """End the call."""
         self._call.cancel()
 
-    def _fire(self, fired: threading.Event) -> None:
-        fired.set()
-        self._call.cancel()
+    def _watch(self, over: threading.Event, stall_s: float) -> None:
+        """Until the call has ended, which its own timeout bounds."""
+        left = stall_s  # whatever is awaited meanwhile has as long, from a later moment
+        while not over.wait(left):
+            left = min(stall_s, self._due - time.monotonic())
+            if left <= 0:
+                self._stalled = True
+                self._call.cancel()
+                return
 
 
 def _refused(error: Any) -> bool:

@@ -27,7 +27,7 @@ Encoded = TypeVar("Encoded", bound=Message)
 
 _INT64 = 2**63 - 1
 _SIGNED = {"ordinal": -(2**63), "leaf": -1}
-_REALS = {"fraction": 1.0, "ttl_s": 86_400.0, "wait_s": bounds.MAX_WAIT_S}
+_REALS = {"fraction": 1.0, "ttl_s": 86_400.0, "wait_s": bounds.MAX_WAIT_S, "rate": bounds.MAX_RATE}
 _MAX_REAL = 1e12
 
 Convert = Callable[[Any], Any]

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from weightwire.errors import ProtocolError
+from weightwire.manifest.collection import no_collection
 from weightwire.manifest.plan import validate_manifest
 from weightwire.manifest.records import DIGEST_BYTES, Entry, Layout, Manifest, View
 from weightwire.types import Coordinates, Json, Role, Stage, TensorClass
 from weightwire.wire import bounds, codec
 from weightwire.wire.generated import peer_pb2
 from weightwire.wire.messages import ManifestHeader, ReadGrant
+from weightwire.wire.sharding_codec import read_sharding, sharding_message
 
 Item = TypeVar("Item")
 
@@ -66,7 +68,7 @@ def _entry(entry: Entry) -> peer_pb2.Entry:
     views = [
         peer_pb2.View(name=v.name, dtype=v.dtype, shape=v.shape, stride=v.stride, offset=v.offset) for v in entry.views
     ]
-    return peer_pb2.Entry(
+    message = peer_pb2.Entry(
         name=entry.name,
         dtype=entry.dtype,
         shape=entry.shape,
@@ -76,6 +78,9 @@ def _entry(entry: Entry) -> peer_pb2.Entry:
         aliases=entry.aliases,
         views=views,
     )
+    if entry.sharding is not None:
+        message.sharding.CopyFrom(sharding_message(entry.sharding))
+    return message
 
 
 def _byte_size(message: Any) -> int:
@@ -139,6 +144,7 @@ class _Collector:
         self._digests = bytearray()
         self._arrived = 0
 
+    @no_collection()
     def take(self, part: peer_pb2.ManifestPart) -> None:
         """Add one part."""
         self._arrived += part.ByteSize()
@@ -159,6 +165,7 @@ class _Collector:
         else:
             raise ProtocolError(f"a manifest holds an unexpected part {kind!r}")
 
+    @no_collection()
     def finish(self) -> Manifest:
         """The manifest, once the stream ended."""
         have = (len(self._entries), len(self._states), len(self._absent), len(self._digests))
@@ -167,7 +174,12 @@ class _Collector:
             raise ProtocolError(f"a manifest ended early: entries, states, absent, digests are {have} of {want}")
         layout = Layout(entries=tuple(self._entries), state=self._states, absent=tuple(self._absent))
         manifest = Manifest(layout=layout, digests=bytes(self._digests))
-        validate_manifest(manifest)  # counts leaves before any is made: their number follows from sizes that were named
+        # counts leaves before any is made: their number follows from sizes that were named
+        validate_manifest(manifest, provisional=not self.header.content_id)
+        if manifest.provisional:
+            if self.header.content_id or self.header.derived_id or self.header.weights_id:
+                raise ProtocolError("a manifest without digests names ids")
+            return manifest
         if (manifest.content_id, manifest.derived_id) != (self.header.content_id, self.header.derived_id):
             raise ProtocolError("a manifest does not give the content id that its header names")
         return manifest
@@ -218,6 +230,7 @@ def _read_entry(message: peer_pb2.Entry) -> Entry:
         nbytes=message.nbytes,
         aliases=tuple(bounds.text(alias, bounds.MAX_NAME, "an alias") for alias in message.aliases),
         views=tuple(map(_read_view, message.views)),
+        sharding=read_sharding(message.sharding) if message.HasField("sharding") else None,
     )
 
 
@@ -245,9 +258,9 @@ def _read_state(message: peer_pb2.ModuleState) -> tuple[str, dict[str, Json]]:
 def grant_parts(grant: ReadGrant) -> Iterator[peer_pb2.GrantPart]:
     """The stream of ``OpenRead``."""
     heads = [peer_pb2.EndpointHead(transport=name, nbytes=len(data)) for name, data in grant.endpoints.items()]
-    yield peer_pb2.GrantPart(
-        grant=peer_pb2.Grant(lease=grant.lease, generation=grant.generation, ttl_s=grant.ttl_s, endpoints=heads)
-    )
+    head = peer_pb2.Grant(lease=grant.lease, generation=grant.generation, ttl_s=grant.ttl_s, endpoints=heads)
+    head.rate = grant.rate
+    yield peer_pb2.GrantPart(grant=head)
     for data in grant.endpoints.values():
         for part in _slices(data):
             yield peer_pb2.GrantPart(endpoint=part)
@@ -273,6 +286,7 @@ def collect_grant(parts: Iterable[peer_pb2.GrantPart]) -> ReadGrant:
         generation=bounds.count(head.generation, 2**63 - 1, "generation"),
         ttl_s=bounds.real(head.ttl_s, 86_400.0, "ttl_s"),
         endpoints=_endpoints(stream, sizes),
+        rate=bounds.real(head.rate, bounds.MAX_RATE, "rate"),
     )
 
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 
 from weightwire.types import Coordinates, Json, Role, Stage
 
-# Publications
-
 
 class PublicationState(enum.StrEnum):
     """Where a publication stands; see ``metadata.lifecycle`` for how it moves."""
@@ -24,7 +22,7 @@ class PublicationState(enum.StrEnum):
     HELD = "HELD"
     """Leased and digested, not offered until the engine says that it may be read."""
     RELAYING = "RELAYING"
-    """Still filling from a peer; the verified leaves can be read."""
+    """Still filling, from a peer or (then without ids) from a disk; the leaves that are final can be read."""
     READY = "READY"
     """All leaves can be read."""
     PAUSED = "PAUSED"
@@ -65,6 +63,8 @@ class PublicationRecord:
         host: stable id of the machine, for "two reporters on different hosts".
         fraction, bytes_done: how much of the shard is in place, from 0 to 1, and in bytes.
         active_reads: read leases that are open at the source right now.
+        following: replica incarnation of the reader of a disk (itself, or another) whose leaves it offered or took
+            before they had ids; "" where it never did that with these bytes.
     """
 
     shard_key: str
@@ -91,15 +91,20 @@ class PublicationRecord:
     fraction: float = 0.0
     bytes_done: int = 0
     active_reads: int = 0
+    following: str = ""
+
+    @property
+    def reads_disk(self) -> bool:
+        """Whether it may be read while it fills itself, and what it fills itself from is a disk."""
+        return self.state is PublicationState.RELAYING and self.following == self.replica_incarnation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
     """The server's answer to a publish.
 
-    Attributes:
-        lease_id: names the publication in the ``Keep`` stream; made by the server, unknown after it restarts.
-        ttl_s: seconds after the last beat at which the lease is gone.
+    ``lease_id`` names it in the ``Keep`` stream: made by the server, unknown after it restarts. The lease is gone
+    ``ttl_s`` seconds after the last beat.
     """
 
     lease_id: str
@@ -148,10 +153,8 @@ class Recheck:
 class KeepAnswer:
     """The answer to one beat.
 
-    Attributes:
-        unknown: lease ids that the server does not have: publish again what is still published.
-        rechecks: leaves to digest again; the results go into a later beat.
-        ttl_s: the server's TTL; a client beats every third of it.
+    ``unknown``: lease ids that the server does not have: publish again what is still published. ``rechecks``: leaves to
+    digest again; the results go into a later beat. ``ttl_s``: the server's TTL; a client beats every third of it.
     """
 
     unknown: tuple[str, ...]
@@ -176,11 +179,8 @@ class Withdrawal:
 class FindReplicas:
     """The leader rank's one question: which whole replicas could we take our weights from?
 
-    Attributes:
-        replica_keys: the acceptable stages' keys, in order of preference.
-        family_keys: keys without parallel sizes, for "exists otherwise".
-        model_id: for "exists otherwise" as well.
-        replica_incarnation: the asker's own, left out of the answer.
+    ``replica_keys``: the acceptable stages', in order of preference. ``family_keys`` (without parallel sizes) and
+    ``model_id`` are for "exists otherwise". ``replica_incarnation``: the asker's own, left out of the answer.
     """
 
     replica_keys: tuple[str, ...]
@@ -193,10 +193,8 @@ class FindReplicas:
 class ReplicaOffer:
     """One complete replica: every rank published, with one weights id, and none of them is out of bounds.
 
-    Attributes:
-        suspect: its keeper's stream is broken or late; confirm by contact.
-        reports: reports against any of its ranks that have not expired.
-        active_reads: over all ranks.
+    ``suspect``: its keeper's stream is broken or late; confirm by contact. ``reports``: against any of its ranks, not
+    expired. ``active_reads``: over all ranks.
     """
 
     replica_key: str
@@ -231,8 +229,7 @@ class LoadingReplica:
     """A replica that will be a source soon, if its lease lives and makes progress.
 
     Attributes:
-        state: the least advanced state of its ranks.
-        weights_id: "" while it is not known.
+        state: the least advanced state of its ranks; its ``weights_id`` is "" while it is not known.
         ranks: how many of ``world_size`` have registered.
         fraction: of the slowest rank.
         elapsed_s: since its first rank registered.
@@ -240,6 +237,8 @@ class LoadingReplica:
         live: no rank's keeper is suspect.
         earlier: registered before the asker did (or the asker did not register): only earlier ones are worth waiting
             for, so that two that start together never wait for each other.
+        followable: every rank offers those leaves that are final, although its ids are not known yet.
+        following: see :class:`PublicationRecord`; its own incarnation for one that reads a disk.
     """
 
     replica_key: str
@@ -257,6 +256,8 @@ class LoadingReplica:
     quiet_s: float
     live: bool
     earlier: bool
+    followable: bool = False
+    following: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,8 +288,7 @@ class Rejection:
 class ReplicaListing:
     """The answer to :class:`FindReplicas`; ``metadata.selection.choose`` makes a typed outcome of it.
 
-    Attributes:
-        warming_s: seconds for which the server, started empty, may still be missing sources; 0 once it is warm.
+    ``warming_s``: seconds for which the server, started empty, may still be missing sources; 0 once it is warm.
     """
 
     groups: tuple[WeightsGroup, ...]
@@ -308,22 +308,35 @@ class FindShard:
     """One rank's question: who serves my shard of these weights?
 
     Attributes:
+        shard_key: of the shard.
+        weights_id: of the replica that it belongs to.
         exclude: incarnations that the asker does not want (itself, peers that failed it).
+        asker: its incarnation, which gives it its place among the relays. Empty for one that serves nobody.
+        following: instead of weights, a replica incarnation: whoever follows it, itself included.
     """
 
     shard_key: str
     weights_id: str
     exclude: tuple[str, ...] = ()
+    asker: str = ""
+    following: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A source of one shard, with the reason for its place in the order."""
+    """A source of one shard, with the reason for its place in the order.
+
+    ``seated``: read from it now, at the same time as from the others that are; the rest are for when one of them fails.
+    It is then the one to ask for every ``parts``-th chunk from number ``part`` on; where ``parts`` is 0, for what lags.
+    """
 
     record: PublicationRecord
     reason: str
     suspect: bool = False
     reports: int = 0
+    seated: bool = False
+    part: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,74 +345,6 @@ class ShardListing:
 
     candidates: tuple[Candidate, ...]
     rejected: tuple[Rejection, ...] = ()
-
-
-# ---- Reports, listings, decisions
-
-
-class FailureKind(enum.StrEnum):
-    """How a source failed a target."""
-
-    LOST = "LOST"
-    STALLED = "STALLED"
-    MISMATCH = "MISMATCH"
-    PROTOCOL = "PROTOCOL"
-
-    @property
-    def blames_bytes(self) -> bool:
-        """Whether it speaks of wrong content (may lead to quarantine), not of a dead or slow source."""
-        return self in (FailureKind.MISMATCH, FailureKind.PROTOCOL)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeerFailure:
-    """A target tells which source failed it and how.
-
-    Attributes:
-        generation: the source generation that was read; a report on an older one than the current is no blame.
-        leaf: the leaf that was wrong, or -1.
-        reporter, reporter_host: incarnation of the reporting process, and stable id of its machine.
-        detail: one line for the log.
-    """
-
-    shard_key: str
-    incarnation: str
-    generation: int
-    kind: FailureKind
-    leaf: int = -1
-    reporter: str
-    reporter_host: str
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReportAnswer:
-    """What the server made of a report."""
-
-    counted: bool
-    quarantined: bool
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceView:
-    """One publication as the server sees it, for ``weightwire sources``."""
-
-    record: PublicationRecord
-    suspect: bool
-    quarantined: bool
-    reports: int
-    age_s: float
-    remaining_s: float
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """A write-once value. ``value`` is None when nothing was recorded within the wait."""
-
-    key: str
-    value: bytes | None
 
 
 # ---- Peer endpoint
@@ -420,7 +365,7 @@ class PeerStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestHeader:
-    """What goes with a manifest and comes before it on the stream.
+    """What goes with a manifest and comes before it on the stream; without ids where the manifest is provisional.
 
     ``build_facts`` is what the source's construction learnt from its checkpoint files; the target applies it first.
     """
@@ -448,6 +393,7 @@ class OpenRead:
         reader: the reading process's incarnation.
         reader_host: stable id of the reading machine.
         transports: names of the transports that the reader can use, best first.
+        layout_digest: instead of a content id: read what has this layout, and be told its digests by ``Progress``.
     """
 
     shard_key: str
@@ -456,6 +402,7 @@ class OpenRead:
     reader: str
     reader_host: str
     transports: tuple[str, ...]
+    layout_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -466,12 +413,14 @@ class ReadGrant:
         lease: opaque to the reader; presented to the transport and to ``Progress`` and ``CloseRead``.
         endpoints: transport name -> what ``Transport.describe`` gave, in the source's order of preference.
         ttl_s: the lease ends this long after the last sign of the reader (an open ``Progress`` stream is one).
+        rate: bytes a second that the reader may take; 0 for no bound. One-sided readers keep to it by themselves.
     """
 
     lease: bytes
     generation: int
     ttl_s: float
     endpoints: Mapping[str, bytes]
+    rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -491,9 +440,13 @@ class ProgressUpdate:
         ranges: new ones only; empty in an update that merely shows that the source is alive.
         complete: every leaf is readable now; no further update need follow.
         generation: when it differs from the grant's, the lease is over.
+        rate: takes the place of the grant's.
+        digests: of the leaves of ``ranges``, one after the other, where the read was opened by its layout.
     """
 
     version: int
     generation: int
     ranges: tuple[LeafRange, ...] = ()
     complete: bool = False
+    rate: float = 0.0
+    digests: bytes = b""

@@ -9,21 +9,23 @@ from weightwire.auth import Secret
 from weightwire.wire.channel import Channel
 from weightwire.wire.codec import decode, encode
 from weightwire.wire.messages import (
-    Decision,
     FindReplicas,
     FindShard,
     KeepAnswer,
     KeepBeat,
     Lease,
-    PeerFailure,
     PublicationRecord,
     ReplicaListing,
-    ReportAnswer,
     ShardListing,
-    SourceView,
     Withdrawal,
 )
 from weightwire.wire.methods import METADATA
+from weightwire.wire.reports import (
+    Decision,
+    PeerFailure,
+    ReportAnswer,
+    SourceView,
+)
 from weightwire.wire.requests import DecideRequest, SourcesRequest
 from weightwire.wire.status import Callee
 

@@ -22,11 +22,11 @@ from weightwire.wire.messages import (
     FindReplicas,
     FindShard,
     KeepBeat,
-    PeerFailure,
     PublicationRecord,
     Withdrawal,
 )
 from weightwire.wire.methods import METADATA, METADATA_SERVICE, Method
+from weightwire.wire.reports import PeerFailure
 from weightwire.wire.requests import DecideRequest, Empty, SourcesRequest
 from weightwire.wire.services import MetadataService
 from weightwire.wire.sessions import Gatekeeper

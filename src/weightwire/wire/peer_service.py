@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from weightwire.auth import Secret
-from weightwire.errors import PeerLost, TransferError, WeightwireError
+from weightwire.errors import PeerLost, SourceBusy, WeightwireError
 from weightwire.wire import auth_grpc, listen
 from weightwire.wire.codec import decode, encode
 from weightwire.wire.manifest_codec import grant_parts, manifest_parts
@@ -102,7 +102,7 @@ class PeerServicer:
     @contextlib.contextmanager
     def _stream(self) -> Iterator[None]:
         if not self._streams.acquire(blocking=False):
-            raise TransferError("the source has as many readers as it takes", "try another source")
+            raise SourceBusy("the source serves as many readers as it has threads for", "try another source")
         try:
             yield
         finally:

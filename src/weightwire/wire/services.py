@@ -10,7 +10,6 @@ from typing import Protocol
 
 from weightwire.manifest.records import Manifest
 from weightwire.wire.messages import (
-    Decision,
     FindReplicas,
     FindShard,
     KeepAnswer,
@@ -18,16 +17,19 @@ from weightwire.wire.messages import (
     Lease,
     ManifestHeader,
     OpenRead,
-    PeerFailure,
     PeerStatus,
     ProgressUpdate,
     PublicationRecord,
     ReadGrant,
     ReplicaListing,
-    ReportAnswer,
     ShardListing,
-    SourceView,
     Withdrawal,
+)
+from weightwire.wire.reports import (
+    Decision,
+    PeerFailure,
+    ReportAnswer,
+    SourceView,
 )
 
 

@@ -24,6 +24,12 @@ def test_settings_are_parsed_as_the_environment_is() -> None:
     assert settings.require_rdma
 
 
+def test_caps_as_text_or_number() -> None:
+    settings = Options.from_extra({"max_rate": "200MB/s", "max_readers": 8}).settings
+    assert (settings.max_rate, settings.max_readers) == (2e8, 8)
+    assert Options.from_extra({"max_rate": 200_000_000}).settings.max_rate == 2e8
+
+
 def test_own_keys() -> None:
     extra = {"model_id": "org/m", "revision": "r1", "ordinal": 3, "quiet_s": 5, "poison": True, "latest": True}
     options = Options.from_extra(extra)

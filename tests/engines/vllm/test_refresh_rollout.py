@@ -58,7 +58,8 @@ class Server:
 
     @property
     def paths(self) -> list[str]:
-        return [path.strip("/") for path, _ in self.calls]
+        """Without the questions for its health, which change nothing."""
+        return [path.strip("/") for path, _ in self.calls if path != "/health"]
 
 
 @pytest.fixture
@@ -122,6 +123,13 @@ def test_nothing_is_paused_where_staging_fails(server: Server) -> None:
     assert server.paths == [*STAGING, ENDED]
 
 
+def test_a_server_that_ends_while_it_stages_is_not_said_to_serve(server: Server) -> None:
+    server.fails |= {"update_weights": 500, "health": 503}
+    with pytest.raises(Gone, match="the server ended while it staged"):
+        move(server)
+    assert server.paths == [*STAGING, ENDED]
+
+
 def test_a_server_without_the_endpoints(server: Server) -> None:
     server.fails["is_paused"] = 404
     with pytest.raises(Refused, match="start it with VLLM_SERVER_DEV_MODE=1"):
@@ -155,7 +163,7 @@ def test_workers_that_do_not_swap_leave_the_old_weights_serving(server: Server) 
     server.fails[ENDED] = 500
     with pytest.raises(Refused, match="nobody serves it"):
         move(server)
-    assert server.paths == [*STAGING, "pause?mode=wait", ENDED, "health", "start_weight_update", ENDED, "resume"]
+    assert server.paths == [*STAGING, "pause?mode=wait", ENDED, "start_weight_update", ENDED, "resume"]
     assert not server.paused
 
 

@@ -8,13 +8,16 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
-from weightwire.errors import PublishError
-from weightwire.manifest.catalogue import ConstructionNames, capture, catalogue
+from weightwire.errors import PublishError, WeightwireError
+from weightwire.manifest.catalogue import Catalogue, ConstructionNames, capture, catalogue
 from weightwire.manifest.records import Manifest
 from weightwire.metadata.decision import Group, Vote
 from weightwire.observability.progress import Progress
-from weightwire.runtime.models.llama import LlamaForCausalLM
+from weightwire.runtime.checkpoint.protocol import Final
+from weightwire.runtime.layers.method import MethodLayer
+from weightwire.runtime.models.decoder import DecoderForCausalLM
 from weightwire.source.budget import over_budget
+from weightwire.source.from_disk import FromDisk, offered_by
 from weightwire.source.publication import Publication
 from weightwire.source.publish import PublishReport, publish_shard
 from weightwire.source.snapshot import Snapshot
@@ -22,7 +25,7 @@ from weightwire.types import Stage
 
 log = logging.getLogger(__name__)
 
-Announce = Callable[[Stage, LlamaForCausalLM], Publication]
+Announce = Callable[[Stage, DecoderForCausalLM], Publication]
 """The publication for a stage, announced and still loading."""
 
 
@@ -34,6 +37,7 @@ class PublishingHooks:
         group: the ranks.
         early: publish the LOADED stage, before the first transform.
         received: the manifest of the bytes of a stage that a peer delivered, else ``None``.
+        declined: called before the first transform where raw bytes are not published after all.
         progress: see ``observability.progress``.
     """
 
@@ -44,15 +48,20 @@ class PublishingHooks:
         *,
         early: bool,
         received: Callable[[Stage], Manifest | None],
+        declined: Callable[[], None],
         progress: Progress,
     ) -> None:
         self._announce = announce
         self._group = group
         self._early = early
+        self._forbidden = False
         self._received = received
+        self._declined = declined
         self._progress = progress
         self._names: ConstructionNames | None = None
         self._snapshot: Snapshot | None = None
+        self._reading: FromDisk | None = None
+        self._offered: Publication | None = None
         self.publication: Publication | None = None
         self.report: PublishReport | None = None
 
@@ -67,13 +76,43 @@ class PublishingHooks:
         """Whether publishing ever began: then it is never tried again at a later stage."""
         return self.report is not None
 
+    @property
+    def forbidden(self) -> bool:
+        """Whether nothing may be published."""
+        return self._forbidden
+
+    def forbid(self, reason: str) -> None:
+        """Publish nothing, for ``reason``; legal before the model is constructed."""
+        log.warning("not published: %s", reason)
+        self._early, self._forbidden = False, True
+        self.report = PublishReport(stage="", reason=reason, attempted=False)
+
     def constructed(self, model: nn.Module) -> None:
         """Take the names before storage is bound and aliases are wired."""
         self._names = capture(model)
 
+    def filling(self, model: nn.Module) -> Final | None:
+        """A checkpoint is about to be read: offer what is final of it, so that others need not read theirs."""
+        if not self._early or over_budget(model):
+            return None
+        assert isinstance(model, DecoderForCausalLM)
+        if any(isinstance(layer, MethodLayer) and layer.export_state() for layer in model.modules()):
+            return None  # what loading decides (which parameters there are, scalars) is not known before
+        publication = self._announce(Stage.LOADED, model)
+        try:
+            self._reading, self._offered = FromDisk(catalogue(model, self.names), offered_by(publication)), publication
+        except WeightwireError as error:  # then others wait until all of it is there
+            log.warning("this replica cannot be followed while it reads the disk: %s", error)
+            return None
+        return self._reading.final
+
     def loaded(self, model: nn.Module) -> None:
         """All raw bytes are in place: publish them, unless another stage was asked for."""
-        if not self._early or self._too_costly(model):
+        if not self._early:
+            return
+        if self._too_costly(model):
+            self._stop_reading()
+            self._declined()
             return
         self._publish(Stage.LOADED, model)
         if self.publication is not None:
@@ -103,6 +142,32 @@ class PublishingHooks:
             self.publication.withdraw()
             self.publication, self._snapshot = None, None
 
+    def _read(self, described: Catalogue) -> Manifest | None:
+        """The manifest of what was offered while it was read; ``None`` if nothing was, or what was is withdrawn now.
+
+        Raises:
+            PublishError: it was withdrawn before, because a leaf had changed unseen.
+        """
+        reading, self._reading = self._reading, None
+        if reading is None:
+            return None
+        assert self._offered is not None
+        if self._offered.over:  # the one that is announced now knows nothing of it
+            reading.abandon()
+            raise PublishError("bytes changed unseen after they were read", "suspect this machine's memory")
+        try:
+            return reading.finish(described)
+        except PublishError as error:
+            log.warning("%s: what was offered while it was read is withdrawn, and published anew", error.problem)
+            self._offered.withdraw(0.0)
+            return None
+
+    def _stop_reading(self) -> None:
+        """Nothing that is being read becomes readable any more."""
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.abandon()
+
     def _too_costly(self, model: nn.Module) -> bool:
         """Whether holding raw bytes beside transformed ones is declined, by all ranks together; no failed attempt."""
         reason = over_budget(model)
@@ -112,13 +177,16 @@ class PublishingHooks:
         return not verdict.ok
 
     def _publish(self, stage: Stage, model: nn.Module) -> None:
-        assert isinstance(model, LlamaForCausalLM)
+        assert isinstance(model, DecoderForCausalLM)
         received = self._received(stage)
         self.report = PublishReport(stage=stage.value)
         publication = self._announce(stage, model)
         try:
             described = catalogue(model, self.names)
-            self.report = publish_shard(publication, described, self._group, manifest=received, progress=self._progress)
+            known = received or self._read(described)
+            if publication.over:
+                publication = self._announce(stage, model)
+            self.report = publish_shard(publication, described, self._group, manifest=known, progress=self._progress)
         except PublishError as error:  # a replica that cannot be a source still serves its users
             publication.withdraw(0.0)
             self._group.refuse(f"publish/{stage.value}", error.problem)  # no effect where a vote was posted already

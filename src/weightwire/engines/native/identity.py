@@ -11,9 +11,11 @@ from weightwire.identity.layout import layout_id
 from weightwire.runtime.config import KernelLayout, ModelConfig, read_json_object
 from weightwire.runtime.distributed import TpGroup
 from weightwire.runtime.layers.context import LayerContext
+from weightwire.runtime.layers.moe import expert_map
+from weightwire.runtime.mapping import WHOLE, Mapping, TpCoordinates
 from weightwire.runtime.model_loader import parse_dtype
 from weightwire.runtime.models.registry import construct
-from weightwire.types import Stage
+from weightwire.types import Coordinates, Stage
 
 ENGINE = "weightwire-native"
 
@@ -26,21 +28,24 @@ def native_identities(
     revision: str | None,
     dtype: str,
     kernel_layout: KernelLayout,
-    group: TpGroup,
+    mapping: Mapping,
 ) -> dict[Stage, Identity]:
-    """The identity at each stage.
+    """The identity at each stage, of a target model.
 
     Args:
         checkpoint_dir: has ``config.json``.
-        config: as parsed from it.
+        config: as parsed from it, with layers for multi-token prediction where they are part of the model.
         model_id: the operator's.
         revision: the operator's label, or ``None``.
         dtype: name of the parameters' dtype.
         kernel_layout: decides the processed bytes.
-        group: the ranks.
+        mapping: the rank's place.
     """
     raw = read_json_object(checkpoint_dir / "config.json", "give a Hugging Face checkpoint directory")
-    model = construct(config, {}, LayerContext(group, parse_dtype(dtype), kernel_layout))
+    ranks = TpGroup.offline(TpCoordinates(size=mapping.world_size, rank=mapping.rank))
+    # for the declarations of its modules; it never runs
+    model = construct(config, {}, LayerContext.of(ranks, mapping, parse_dtype(dtype), kernel_layout))
+    place = coordinates(mapping)
 
     def at(stage: Stage) -> Identity:
         protocol = model.processed_layout() if stage is Stage.PROCESSED else ""
@@ -60,8 +65,40 @@ def native_identities(
             engine_version=weightwire.__version__,
             layout_id=layout,
             stage=stage,
-            tp_size=group.size,
+            expert_map_digest=_expert_map_digest(config, mapping.ep_size),
+            tp_size=place.tp_size,
+            pp_size=place.pp_size,
+            ep_size=place.ep_size,
+            dp_size=place.dp_size,
+            dp_decides_bytes=mapping.attention_dp,
+            extra={"mtp_layers": str(config.mtp_layers)} if config.runs_mtp else {},
             revision=revision,
         )
 
     return {stage: at(stage) for stage in Stage}
+
+
+def coordinates(mapping: Mapping) -> Coordinates:
+    """Of a rank, as keys have them.
+
+    Under attention data-parallel the ranks that share experts are data-parallel ranks, too, and these decide bytes:
+    no replica that cuts tensors has such coordinates.
+    """
+    dp = mapping.tp if mapping.attention_dp else WHOLE
+    return Coordinates(
+        tp_rank=mapping.tp_rank,
+        tp_size=mapping.tp_size,
+        pp_rank=mapping.pp_rank,
+        pp_size=mapping.pp_size,
+        ep_rank=mapping.ep_rank,
+        ep_size=mapping.ep_size,
+        dp_rank=dp.rank,
+        dp_size=dp.size,
+    )
+
+
+def _expert_map_digest(config: ModelConfig, ep_size: int) -> str:
+    """Of which experts each expert-parallel rank holds; empty where there are none."""
+    if config.moe is None:
+        return ""
+    return config_digest({str(rank): list(mine) for rank, mine in expert_map(config.moe.num_experts, ep_size).items()})

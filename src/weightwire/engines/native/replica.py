@@ -22,7 +22,7 @@ from weightwire.engines.native.events import Event, error_of, read
 from weightwire.engines.native.options import ReplicaOptions
 from weightwire.errors import LoadError, RankLost, WeightwireError
 from weightwire.runtime.distributed import serve_store
-from weightwire.types import Json
+from weightwire.types import Json, Role
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +59,10 @@ class Replica:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._stopping = False
         self._loaded = False
-        self.ranks = [self._start(rank, command, environ or {}) for rank in range(options.tp)]
+        self.ranks = [self._start(rank, command, environ or {}) for rank in range(options.world_size)]
         self._threads = [
             threading.Thread(target=self._listen, args=(rank,), name=f"weightwire-rank-{rank}", daemon=True)
-            for rank in range(options.tp)
+            for rank in range(options.world_size)
         ]
         for thread in self._threads:
             thread.start()
@@ -78,15 +78,21 @@ class Replica:
         return events
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], tokens: int, timeout: float = 300.0, *, ends: Sequence[int] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        timeout: float = 300.0,
+        *,
+        ends: Sequence[int] = (),
+        role: Role = Role.TARGET,
     ) -> list[list[int]]:
-        """Greedy continuations, each until ``tokens`` or one of ``ends``; equal on all ranks.
+        """Greedy continuations by the model ``role``, each until ``tokens`` or one of ``ends``; equal on all ranks.
 
         Raises:
             WeightwireError: a rank refused or ended.
         """
         asked: list[Json] = [list(prompt) for prompt in prompts]
-        self._tell({"do": "generate", "prompts": asked, "tokens": tokens, "ends": list(ends)})
+        self._tell({"do": "generate", "prompts": asked, "tokens": tokens, "ends": list(ends), "role": role.value})
         answers = [event["tokens"] for event in self._collect("tokens", timeout)]
         if any(answer != answers[0] for answer in answers):
             raise LoadError("the ranks of one replica gave different tokens", "this is a bug: please report it")
@@ -123,7 +129,7 @@ class Replica:
     def _start(self, rank: int, command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[str]:
         placed = {
             "RANK": str(rank),
-            "WORLD_SIZE": str(self.options.tp),
+            "WORLD_SIZE": str(self.options.world_size),
             "LOCAL_RANK": str(rank),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self._store.port),

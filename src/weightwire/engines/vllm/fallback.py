@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,9 @@ def layers(config: VllmConfig) -> tuple[dict[str, Any], list[str]]:
 
 
 def forget(config: VllmConfig, before: tuple[dict[str, Any], list[str]]) -> None:
-    """Let a model that is given up be constructed once more: without "duplicate layer" (hazard H37)."""
+    """Let a model that is given up be built once more, without "duplicate layer" or doubled memory (hazard H37)."""
     compilation = config.compilation_config
     compilation.static_forward_context.clear()
     compilation.static_forward_context.update(before[0])
     compilation.static_all_moe_layers[:] = before[1]
+    gc.collect()  # vLLM's parameters and modules hold each other

@@ -21,12 +21,13 @@ from weightwire.engines.vllm.ranks import Place, group
 from weightwire.engines.vllm.serving import Loaded, Serving
 from weightwire.errors import FenceTimeout, LoadError, WeightwireError
 from weightwire.identity.identity import Identity
+from weightwire.loaders.relay import PublicationRelay
 from weightwire.manifest.catalogue import Catalogue, ConstructionNames, capture, catalogue
 from weightwire.manifest.records import Layout, Manifest
 from weightwire.metadata.decision import Group, Vote
 from weightwire.source.publication import Publication
 from weightwire.target.discover import give_up
-from weightwire.target.offer import Want
+from weightwire.target.offer import Offer, Want
 from weightwire.target.receiver import Receiver
 from weightwire.target.report import LoadReport
 from weightwire.types import Role, Stage
@@ -141,6 +142,7 @@ class Load:
             want=want,
             group=self.group.at("receive"),
             poison=self.options.poison,
+            relay=PublicationRelay(self._relaying, self.offering.announce_again),
         )
         self.report = receiver.report
         try:
@@ -154,6 +156,10 @@ class Load:
         """Take the names, before storage is bound and aliases are wired."""
         self._names = capture(model)
         self._built = state.plain(model)
+
+    def forget(self) -> None:
+        """The model that was constructed is given up: hold nothing of it while another one is built."""
+        self._names, self._built, self._raw = None, {}, None
 
     # ---- the bytes
 
@@ -235,6 +241,13 @@ class Load:
         self.offering.finish()
 
     # ---- inside
+
+    def _relaying(self, offer: Offer) -> Publication | None:
+        """What passes on ``offer`` while it is received: only what is published later, at the same stage."""
+        stage = offer.choice.stage
+        if not (self.publishes and self.options.relay) or stage not in (self._publish_stage, Stage.PROCESSED):
+            return None
+        return self.offering.publication(stage)
 
     @property
     def _publish_stage(self) -> Stage:

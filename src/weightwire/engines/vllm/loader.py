@@ -63,6 +63,8 @@ class PreshardedLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not in
                 self._load.find()
             model = self._built(vllm_config, model_config, prefix)
             if model is None:  # processed bytes did not come: the shell is given up, and built again from the disk
+                if self._load is not None:
+                    self._load.forget()
                 fallback.forget(vllm_config, registered)
                 model = self._built(vllm_config, model_config, prefix)
                 assert model is not None

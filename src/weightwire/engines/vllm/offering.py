@@ -22,7 +22,7 @@ from weightwire.manifest.catalogue import Catalogue
 from weightwire.manifest.records import Manifest
 from weightwire.metadata.decision import Group, Vote
 from weightwire.source.described import Claim
-from weightwire.source.publication import Publication
+from weightwire.source.publication import RELAY_DRAIN_S, Publication
 from weightwire.source.publish import PublishReport, publish_shard
 from weightwire.types import Json, Role, Stage
 
@@ -78,6 +78,11 @@ class Offering:
         """
         self._announced = self._claim(stage)
 
+    def announce_again(self) -> None:
+        """What was received came to nothing, and loading goes on with the disk: others may wait for this replica."""
+        if self._announced is not None:
+            self._announced = self._claim(self._announced.claim.identity.stage)
+
     def progress(self, done: int, total: int) -> None:
         """How far reading the disk is."""
         if self._announced is not None:
@@ -89,6 +94,8 @@ class Offering:
         verdict = self.group.vote(RAW_BUDGET, Vote(ok=not reason, reason=reason))
         if not verdict.ok:
             log.warning("weightwire: the raw stage is not published: %s", verdict.reason)
+            if self._announced is not None and self._announced.relays:
+                self._announced.withdraw(RELAY_DRAIN_S)  # whoever reads it may finish before the bytes change
         return not verdict.ok
 
     def publish(self, stage: Stage, described: Catalogue, received: Manifest | None) -> Publication | None:
@@ -101,7 +108,8 @@ class Offering:
         """
         self.report = PublishReport(stage=stage.value)
         try:
-            publication = self._publication(stage)
+            publication = self.publication(stage)
+            publication.learn(facts.collect(self.model_config), self.ordinal)
             group = self.group.at(PUBLISH)
             self.report = publish_shard(publication, described, group, manifest=received, hold=True)
         except WeightwireError as error:
@@ -133,6 +141,7 @@ class Offering:
         if self.config.model_config.sleep_mode_backend == "cumem":  # vLLM's default, which ours wraps
             self.config.model_config.sleep_mode_backend = SLEEP_BACKEND
         _say(self.report)
+        self._keep_out()
         self.serving.offer_when_ready(self.options.settings, self._expectation())
 
     def _claim(self, stage: Stage) -> Publication:
@@ -146,17 +155,24 @@ class Offering:
         )
         return self.serving.member(self.options.settings).node.announce(claim)
 
-    def _publication(self, stage: Stage) -> Publication:
-        """The announced one; another, where another stage or ordinal was announced."""
+    def publication(self, stage: Stage) -> Publication:
+        """The announced one; another, where another stage was announced."""
         announced = self._announced
         if announced is not None and not announced.over:
-            claim = announced.claim
-            if claim.identity.stage is stage and claim.ordinal == self.ordinal:
-                announced.learn(facts.collect(self.model_config))
+            if announced.claim.identity.stage is stage:
                 return announced
             announced.withdraw(0.0)
         self._announced = self._claim(stage)
         return self._announced
+
+    def _keep_out(self) -> None:
+        """The engine captures graphs and warms up next: nobody may read what is on a device then (hazard H52).
+
+        Host memory goes on being relayed: reading it disturbs no device.
+        """
+        publication = self.serving.publication(self.role)
+        if publication is not None and publication.relays and publication.on_device:
+            publication.pause(RELAY_DRAIN_S)
 
     def _expectation(self) -> Expectation:
         """Whose word says that the engine is ready: worker 0's view, whose host has the front end."""

@@ -33,6 +33,7 @@ class Options:
         fallback_load_format: vLLM's load format where no replica can serve.
         quiet_s: seconds after loading at which the bytes are offered although nobody said that the engine is ready.
         vote_s: seconds that a worker waits for the other workers at one step; from the disk they may finish far apart.
+        relay: pass on what is received from another replica while it is being received.
         poison: overwrite what is to be received first (a debugging aid: what was not filled then shows).
     """
 
@@ -45,6 +46,7 @@ class Options:
     fallback_load_format: str = "auto"
     quiet_s: float = DEFAULT_QUIET_S
     vote_s: float = 120.0
+    relay: bool = True
     poison: bool = False
 
     @classmethod

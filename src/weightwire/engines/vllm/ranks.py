@@ -84,7 +84,7 @@ def group(place: Place, what: str, vote_s: float) -> Group:
     epoch = f"{what}/{next(_attempts.setdefault(what, itertools.count()))}"
     if place.size == 1:
         return Group.solo()
-    return Group(TorchDecisions(_store(place)), place.rank, place.size, epoch, vote_s)
+    return Group(TorchDecisions(_store(place), vote_s), place.rank, place.size, epoch, vote_s)
 
 
 def _store(place: Place) -> TCPStore:

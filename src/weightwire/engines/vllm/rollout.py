@@ -125,10 +125,14 @@ class Rollout:
             if self.metadata is not None:
                 self._in_background(self.metadata, until)
             self._update(self.request, until - time.monotonic())
-        except Refused:
+        except Refused as error:
             self._end()
+            if not self._healthy():
+                raise Gone(f"the server ended while it staged ({error.problem})", "start it again") from error
             raise
         except Gone as error:
+            if not self._healthy():
+                raise
             self._abandon(self.stage_s)  # answered once staging is over
             raise Refused(
                 f"the new weights were not staged within {self.stage_s:g} s",
@@ -142,6 +146,8 @@ class Rollout:
         try:
             with MetadataClient(str(settings.url), load_secret(settings.secret_file)) as metadata:
                 while ServerDecisions(metadata).wait(told_key(token), SLICE_S) is None:
+                    if not self._healthy():
+                        raise Gone("the server ended while it staged", "see its log; start it again")
                     if time.monotonic() >= until:
                         raise Gone("staging did not end", "see the server's log")
         except (MetadataError, AuthError) as error:

@@ -21,6 +21,7 @@ from weightwire.manifest.records import Layout
 from weightwire.metadata.decision import ServerDecisions
 from weightwire.source.publication import Publication
 from weightwire.types import Role, Stage, State
+from weightwire.wire.messages import PublicationState
 
 log = logging.getLogger("vllm.weightwire.serving")
 
@@ -162,6 +163,8 @@ class Serving:
     def _offer(self) -> None:
         for publication in self._live():
             publication.offer()
+            if publication.state is PublicationState.PAUSED and publication not in self._paused:
+                publication.resume()  # a relay that was kept out while the engine captured graphs
             role = publication.claim.identity.role
             log.info("weightwire: the engine is ready; the %s model is offered to others", role.value)
 
@@ -184,7 +187,10 @@ def process_serving(make: Callable[[], Serving] = Serving) -> Serving:
 
 
 def _withdraw(publication: Publication, drain_s: float | None) -> None:
+    kept = publication.held.nbytes
     if drain_s is None:
         publication.withdraw()
     else:
         publication.withdraw(drain_s)
+    if kept:
+        log.info("weightwire: %d bytes that were kept for readers are released", kept)

@@ -10,19 +10,21 @@ from typing import Protocol, TypeVar
 from weightwire.metadata.registry import Registry
 from weightwire.metadata.server.decisions import Decisions
 from weightwire.wire.messages import (
-    Decision,
     FindReplicas,
     FindShard,
     KeepAnswer,
     KeepBeat,
     Lease,
-    PeerFailure,
     PublicationRecord,
     ReplicaListing,
-    ReportAnswer,
     ShardListing,
-    SourceView,
     Withdrawal,
+)
+from weightwire.wire.reports import (
+    Decision,
+    PeerFailure,
+    ReportAnswer,
+    SourceView,
 )
 
 logger = logging.getLogger(__name__)

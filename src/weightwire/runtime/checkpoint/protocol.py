@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -16,6 +16,11 @@ from weightwire.runtime.mapping import Mapping as RankMapping
 
 Progress = Callable[[int, int], None]
 """``progress(bytes_done, bytes_total)`` for this rank's shard; called in order, the last time with both equal."""
+
+
+Final = Callable[[Collection[str]], None]
+"""``final(names)``: these parameters, by construction-time name, were written in full and are not written again in
+this load. Called on the loading thread, at most once for each name; a loader that cannot know never names one."""
 
 
 class TensorSource(Protocol):
@@ -34,7 +39,10 @@ class TensorSource(Protocol):
         """Shape of the whole tensor."""
 
     def read(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        """The slice ``start:stop`` of dimension ``dim``, all of the others. ``CheckpointError`` where it cannot."""
+        """The slice ``start:stop`` of dimension ``dim``, all of the others. ``CheckpointError`` where it cannot.
+
+        A tensor without dimensions is read whole.
+        """
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,8 @@ class MemorySource:
         return tuple(self.tensor.shape)
 
     def read(self, dim: int, start: int, stop: int) -> torch.Tensor:
-        """A view of the slice."""
-        return self.tensor.narrow(dim, start, stop - start)
+        """A view of the slice; all of a tensor without dimensions."""
+        return self.tensor.narrow(dim, start, stop - start) if self.shape else self.tensor
 
 
 @dataclass(frozen=True)

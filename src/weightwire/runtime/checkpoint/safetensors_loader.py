@@ -37,8 +37,9 @@ class _FileSource:
             shape = list(self.shape)
             shape[dim] = 0
             return torch.empty(shape, dtype=torch.bfloat16)
+        index = (slice(None),) * dim + (slice(start, stop),) if self.shape else ()
         try:
-            values: torch.Tensor = self._slice[(slice(None),) * dim + (slice(start, stop),)]
+            values: torch.Tensor = self._slice[index]
         except (SafetensorError, ValueError, OSError) as error:
             raise CheckpointError(f"{self.origin}: tensor {self.name} cannot be read", _COMPLETE) from error
         return values

@@ -13,8 +13,9 @@ from weightwire.errors import ConfigError
 from weightwire.runtime.config import ModelConfig
 from weightwire.runtime.layers.context import LayerContext
 from weightwire.runtime.layers.linear import Linear, OutPart, TensorParallelMode
+from weightwire.runtime.layers.norm import RMSNorm
 from weightwire.runtime.layers.packing import QkvLinear
-from weightwire.runtime.layers.rotary import rotate
+from weightwire.runtime.layers.rotary import deinterleaved, rotate
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,37 @@ def check_heads(config: ModelConfig, tp_size: int) -> None:
         )
 
 
-class Attention(nn.Module):
-    """Causal self-attention. ``k_cache`` and ``v_cache`` are run-time state: they hold users' text."""
+def softcapped(x: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """``cap * tanh(x / cap)``; ``x`` where there is no cap."""
+    return x if cap is None else torch.tanh(x / cap) * cap
+
+
+class SelfAttention(nn.Module):
+    """What every layer's attention is: (batch, length, hidden) and a step to the same, with a cache of its own."""
+
+    def allocate_cache(self, batch: int, length: int, device: torch.device) -> None:
+        """Room for ``length`` tokens of ``batch`` sequences."""
+        raise NotImplementedError
+
+    def release_cache(self) -> None:
+        """Drop the cache."""
+        raise NotImplementedError
+
+
+class Attention(SelfAttention):
+    """Causal self-attention. ``k_cache`` and ``v_cache`` are run-time state: they hold users' text.
+
+    With ``qk_norm`` the heads of queries and keys are normalised before they are rotated.
+    """
 
     k_cache: torch.Tensor | None
     v_cache: torch.Tensor | None
 
-    def __init__(self, context: LayerContext, config: ModelConfig) -> None:
+    def __init__(self, context: LayerContext, config: ModelConfig, layer: int) -> None:
         super().__init__()
         check_heads(config, context.tp.size)
+        self.layer = layer
+        self.qk_norm = config.qk_norm
         self.context = context
         self.head_dim = config.head_dim
         sizes = (config.num_heads, config.num_kv_heads, config.head_dim)
@@ -66,6 +89,9 @@ class Attention(nn.Module):
             mode=TensorParallelMode.ROW,
             bias=config.attention_bias,
         )
+        if self.qk_norm:
+            self.q_norm = RMSNorm(context, config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(context, config.head_dim, config.rms_norm_eps)
         self.k_cache = None
         self.v_cache = None
 
@@ -91,19 +117,47 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x)
         sizes = [self.qkv_proj.q_rows, self.qkv_proj.kv_rows, self.qkv_proj.kv_rows]
         q, k, v = (part.reshape(*part.shape[:-1], -1, self.head_dim) for part in qkv.split(sizes, -1))
-        interleaved = self.qkv_proj.weights_are_packed
+        interleaved = self.qkv_proj.rows_are_interleaved
+        if self.qk_norm:
+            q, k = (deinterleaved(part) if interleaved else part for part in (q, k))
+            q, k, interleaved = self.q_norm(q), self.k_norm(k), False
         q = rotate(q, step.cos, step.sin, interleaved=interleaved)
         k = rotate(k, step.cos, step.sin, interleaved=interleaved)
         sequences = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
         self.k_cache[sequences, step.positions] = k
         self.v_cache[sequences, step.positions] = v
         seen = step.mask.shape[-1]
-        heads = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            self.k_cache[:, :seen].transpose(1, 2),
-            self.v_cache[:, :seen].transpose(1, 2),
-            attn_mask=step.mask,
-            enable_gqa=True,
-        )
+        heads = self.attend(q.transpose(1, 2), *self.cached(seen), step)
         summed: torch.Tensor = self.o_proj(heads.transpose(1, 2).flatten(-2))
         return summed
+
+    def cached(self, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first ``seen`` keys and values, each (batch, KV heads, seen, head_dim)."""
+        assert self.k_cache is not None
+        assert self.v_cache is not None
+        return self.k_cache[:, :seen].transpose(1, 2), self.v_cache[:, :seen].transpose(1, 2)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: AttentionStep) -> torch.Tensor:
+        """Queries (batch, heads, length, head_dim) over the cache: (batch, heads, length, head_dim)."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, enable_gqa=True)
+
+
+class CappedAttention(Attention):
+    """Gemma 2's: a scale of its own, a cap on attention's logits, and a window on even layers."""
+
+    def __init__(self, context: LayerContext, config: ModelConfig, layer: int) -> None:
+        super().__init__(context, config, layer)
+        assert config.gemma is not None
+        self.gemma = config.gemma
+        self.window = None if layer % 2 else config.gemma.sliding_window
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: AttentionStep) -> torch.Tensor:
+        """As in ``Attention``."""
+        mask = step.mask
+        if self.window is not None:
+            cached = torch.arange(mask.shape[-1], device=mask.device)
+            mask = mask & (cached > step.positions.unsqueeze(-1) - self.window).unsqueeze(1)
+        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+        logits = softcapped(q @ k.transpose(2, 3) * self.gemma.query_pre_attn_scalar**-0.5, self.gemma.attn_softcap)
+        weights = logits.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
+        return weights.to(q.dtype) @ v

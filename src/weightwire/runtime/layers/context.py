@@ -2,22 +2,82 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from weightwire.runtime.config import KernelLayout
 from weightwire.runtime.distributed import TpGroup
-from weightwire.runtime.mapping import TpCoordinates
+from weightwire.runtime.mapping import Mapping, TpCoordinates
+
+if TYPE_CHECKING:
+    from weightwire.runtime.layers.latent import HeadsMethod, KeyValueMethod
+    from weightwire.runtime.layers.linear import LinearMethod
+    from weightwire.runtime.layers.moe import MoeMethod
+
+
+class Methods(Protocol):
+    """What a checkpoint is quantized with: for each layer a method of its own.
+
+    Each raises ``ConfigError`` where layers of that kind are not computed with it.
+    """
+
+    def linear(self) -> LinearMethod:
+        """Of a linear layer."""
+
+    def experts(self) -> MoeMethod:
+        """Of all routed experts of a layer."""
+
+    def key_values(self) -> KeyValueMethod:
+        """Of latent attention's ``kv_b_proj``."""
+
+    def heads(self) -> HeadsMethod:
+        """Of what is made of that."""
 
 
 @dataclass(frozen=True)
 class LayerContext:
-    """The rank's group, the dtype of its parameters and computation, and the kernel layout asked for."""
+    """The rank's group, the dtype of its parameters and computation, the kernel layout asked for, and its place.
+
+    ``placement`` is the rank's whole mapping; ``None`` where ranks are parallel in tensors only.
+    ``methods`` makes what the checkpoint is quantized with; ``None`` where it is not.
+    ``pipeline`` is the stages; ``None`` where there is one. ``experts_group`` is who shares the routed experts where
+    nothing else is shared (attention data-parallel); ``None`` where everything is cut by ``group``.
+    """
 
     group: TpGroup
     dtype: torch.dtype
     layout: KernelLayout = KernelLayout.PLAIN
+    placement: Mapping | None = None
+    methods: Methods | None = None
+    pipeline: TpGroup | None = None
+    experts_group: TpGroup | None = None
+
+    @classmethod
+    def of(
+        cls, ranks: TpGroup, mapping: Mapping, dtype: torch.dtype, layout: KernelLayout = KernelLayout.PLAIN
+    ) -> LayerContext:
+        """That of a rank at ``mapping`` among all ``ranks`` of its replica; all of them call it.
+
+        Raises:
+            RankLost: another rank did not come.
+        """
+        tp = ranks.part(f"tp{mapping.tp_size}/{mapping.pp_rank}", mapping.tp)
+        pipeline = ranks.part(f"pp{mapping.pp_size}/{mapping.tp_rank}", mapping.pp) if mapping.pp_size > 1 else None
+        if not mapping.attention_dp:
+            return cls(tp, dtype, layout, mapping, pipeline=pipeline)
+        return cls(TpGroup.single(), dtype, layout, mapping, pipeline=pipeline, experts_group=tp)
+
+    @property
+    def experts(self) -> LayerContext:
+        """The same for routed experts."""
+        return self if self.experts_group is None else replace(self, group=self.experts_group, experts_group=None)
+
+    @property
+    def mapping(self) -> Mapping:
+        """The rank's coordinates along every axis."""
+        return self.placement or Mapping.for_tp(self.tp.rank, self.tp.size)
 
     @property
     def tp(self) -> TpCoordinates:

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import nn
 
+from weightwire.manifest.sharding import Cut, Sharding, stacked
+from weightwire.runtime.checkpoint.protocol import TensorSource
 from weightwire.runtime.layers.context import LayerContext
 from weightwire.runtime.layers.shards import Part, copy_slice, copy_whole, new_parameter
 from weightwire.runtime.mapping import TpCoordinates, shard_range
 
 
-class _VocabParallel(nn.Module):
+class VocabParallel(nn.Module):
     """A weight of shape (``ceil(vocab / ranks)``, hidden): one row for each token of this rank, then padding rows.
 
     Every rank's weight has the same shape. Padding rows (on the last ranks only) are zero once loaded; they are part
@@ -37,6 +39,11 @@ class _VocabParallel(nn.Module):
         """Leaf names in the checkpoint."""
         return ("weight",)
 
+    def tensor_shards(self) -> dict[str, Sharding]:
+        """The rows of this rank's tokens, then padding."""
+        rows = Cut((self.vocab_size, self.hidden), 0, self.vocab_start, self.vocab_stop)
+        return {"weight": stacked([rows], length=self.weight.shape[0])}
+
     def load_weights(self, parts: Sequence[Part], tp: TpCoordinates) -> frozenset[str]:
         """As ``Loadable.load_weights``; tensors that were cut before bring their padding rows with them."""
         source = parts[0]["weight"]
@@ -48,12 +55,20 @@ class _VocabParallel(nn.Module):
         self.zero_padding()
         return frozenset({"weight"})
 
+    def holds(self, source: TensorSource, tp: TpCoordinates) -> bool:
+        """Whether ``source``, cut by ``tp`` as in ``load_weights``, has the bytes that were loaded."""
+        cut = tp == self.context.tp
+        rows = shard_range(self.vocab_size, tp) if cut else (0, self.weight.shape[0])
+        full = (self.vocab_size if cut else self.weight.shape[0], self.hidden)
+        mine = self.weight[: self.real_rows] if cut else self.weight
+        return source.shape == full and torch.equal(source.read(0, *rows).to(self.weight), mine)
+
     def zero_padding(self) -> None:
         """Write zeros to the padding rows, which no checkpoint tensor has."""
         self.weight[self.real_rows :].zero_()
 
 
-class Embedding(_VocabParallel):
+class Embedding(VocabParallel):
     """Token ids to vectors."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -64,8 +79,12 @@ class Embedding(_VocabParallel):
         return self.context.group.all_reduce(rows.masked_fill(elsewhere.unsqueeze(-1), 0))
 
 
-class LMHead(_VocabParallel):
-    """Vectors to the logits of this rank's tokens."""
+class LMHead(VocabParallel):
+    """Vectors to the logits of this rank's tokens, which ``cap`` bounds where there is one (Gemma 2)."""
+
+    def __init__(self, context: LayerContext, vocab_size: int, hidden: int, cap: float | None = None) -> None:
+        super().__init__(context, vocab_size, hidden)
+        self.cap = cap
 
     def tie(self, embedding: Embedding) -> None:
         """Share the embedding's parameter: one object, one storage, two names."""
@@ -75,6 +94,7 @@ class LMHead(_VocabParallel):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., hidden) to (..., local rows): the logits of padding rows are minus infinity."""
         logits = F.linear(x, self.weight)
+        logits = logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
         logits[..., self.real_rows :] = float("-inf")
         return logits
 

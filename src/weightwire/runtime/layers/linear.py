@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import nn
 
+from weightwire.manifest.sharding import Cut, Sharding, stacked
 from weightwire.runtime.layers.context import LayerContext
+from weightwire.runtime.layers.method import LoadableLayer, WeightMethod
 from weightwire.runtime.layers.shards import Part, copy_shard, copy_whole, new_parameter
 from weightwire.runtime.mapping import TpCoordinates, replicated_tp, shard_range
 
@@ -51,20 +52,19 @@ class OutPart:
         return stop - start
 
 
-class LinearMethod(Protocol):
-    """How a ``Linear`` stores and multiplies its weight; quantisation methods are further implementations."""
+class LinearMethod(WeightMethod["Linear"]):
+    """How a ``Linear`` stores and multiplies its weight."""
 
-    def create_weights(self, layer: Linear) -> None:
-        """Register the layer's parameters, uninitialised, in their raw shapes."""
-
-    def load_weights(self, layer: Linear, parts: Sequence[Part], tp: TpCoordinates) -> frozenset[str]:
-        """As ``Loadable.load_weights``."""
+    def checkpoint_tensors(self, layer: Linear) -> tuple[str, ...]:
+        """Leaf names that each part must have."""
+        return ("weight", "bias") if layer.has_bias else ("weight",)
 
     def apply(self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x`` of shape (..., in) times the weight, plus ``bias``: shape (..., local out).
 
         The dtype is that of ``x``, or wider where the product is: the layer rounds it, once, when all of it is there.
         """
+        raise NotImplementedError
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -78,7 +78,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
-class UnquantizedLinearMethod:
+class UnquantizedLinearMethod(LinearMethod):
     """The weight as it is: (local out, local in), in the layer's dtype."""
 
     def create_weights(self, layer: Linear) -> None:
@@ -98,12 +98,19 @@ class UnquantizedLinearMethod:
             offset += rows
         return frozenset(name for name, _ in layer.named_parameters(recurse=False))
 
+    def tensor_shards(self, layer: Linear) -> dict[str, Sharding]:
+        """Each part's rows (or, under ``ROW``, columns); the bias is cut with the rows."""
+        found = {"weight": stacked([layer.cut(part, at, layer.in_features) for at, part in enumerate(layer.parts)])}
+        if layer.has_bias:
+            found["bias"] = stacked([layer.cut(part, at) for at, part in enumerate(layer.parts)])
+        return found
+
     def apply(self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x @ weight.T + bias``."""
         return multiply(x, layer.weight, bias)
 
 
-class Linear(nn.Module):
+class Linear(LoadableLayer):
     """``y = x W^T + b``, of which this rank holds a part.
 
     Args:
@@ -114,13 +121,22 @@ class Linear(nn.Module):
             ranks, the bias added once), ``None`` cuts nothing.
         weight_mode: must agree with the number of parts.
         bias: whether there is one. Under ``ROW`` every rank holds it whole and rank 0 adds it.
-        method: storage and arithmetic.
+        method: storage and arithmetic; without it what the context's checkpoint is quantized with, or ``unquantized``.
 
     Shares are ``ceil(width / ranks)``; the last ranks' are short or empty.
     """
 
+    method: LinearMethod
     weight: nn.Parameter
     bias: nn.Parameter | None
+    # what methods of quantized weights register besides
+    weight_scale: nn.Parameter
+    weight_scale_2: nn.Parameter
+    input_scale: nn.Parameter | None
+    inv_input_scale: nn.Parameter | None
+    alpha: nn.Parameter
+    pre_quant_scale: nn.Parameter | None
+    scalar_alpha: float
 
     def __init__(
         self,
@@ -140,8 +156,12 @@ class Linear(nn.Module):
         self.parts = tuple(parts)
         self.mode = mode
         self.has_bias = bias
-        self.method: LinearMethod = method or UnquantizedLinearMethod()
+        self.method = method or (self.unquantized() if context.methods is None else context.methods.linear())
         self.method.create_weights(self)
+
+    def unquantized(self) -> LinearMethod:
+        """The method where the checkpoint is not quantized."""
+        return UnquantizedLinearMethod()
 
     @property
     def local_in(self) -> int:
@@ -160,13 +180,14 @@ class Linear(nn.Module):
         """Output rows of one part that this rank holds."""
         return part.local_size(self.context.tp) if self.mode is TensorParallelMode.COLUMN else part.size
 
-    def checkpoint_tensors(self) -> tuple[str, ...]:
-        """Leaf names in the checkpoint."""
-        return ("weight", "bias") if self.has_bias else ("weight",)
-
-    def load_weights(self, parts: Sequence[Part], tp: TpCoordinates) -> frozenset[str]:
-        """As ``Loadable.load_weights``."""
-        return self.method.load_weights(self, parts, tp)
+    def cut(self, part: OutPart, number: int, *columns: int) -> Cut:
+        """What this rank holds of part ``number``: of its weight where ``columns`` is its width, else of its bias."""
+        shape, name, tp = (part.size, *columns), f"part{number}" if len(self.parts) > 1 else "", self.context.tp
+        if self.mode is TensorParallelMode.ROW and columns:
+            return Cut(shape, 1, *shard_range(self.in_features, tp), name)
+        if self.mode is TensorParallelMode.COLUMN:
+            return Cut(shape, 0, *shard_range(part.size, part.coordinates(tp)), name)
+        return Cut(shape, 0, 0, part.size, name)
 
     def copy_part(self, destination: torch.Tensor, tensors: Part, part: OutPart, tp: TpCoordinates) -> None:
         """Copy this rank's slice of one part's weight."""

@@ -17,7 +17,36 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     inv_freq = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":
         return inv_freq / rope.factor
+    if rope.kind == "yarn":
+        return _yarn(inv_freq, rope, head_dim)
     return _llama3(inv_freq, rope) if rope.kind == "llama3" else inv_freq
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """What YaRN multiplies magnitudes by where positions are stretched by ``factor``."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def attention_factor(rope: RopeConfig) -> float:
+    """What cosines and sines are multiplied by."""
+    if rope.kind != "yarn":
+        return 1.0
+    if rope.mscale and rope.mscale_all_dim:
+        return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+    return yarn_mscale(rope.factor, 1.0)
+
+
+def _yarn(inv_freq: torch.Tensor, rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    """YaRN: frequencies below ``beta_slow`` turns are stretched, those above ``beta_fast`` kept, a ramp between."""
+
+    def dimension(turns: float) -> float:
+        return head_dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(dimension(rope.beta_fast)), 0)
+    high = min(math.ceil(dimension(rope.beta_slow)), head_dim - 1)
+    steps = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+    kept = 1 - ((steps - low) / (high - low or 0.001)).clamp(0, 1)
+    return inv_freq / rope.factor * (1 - kept) + inv_freq * kept
 
 
 def _llama3(inv_freq: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
@@ -58,8 +87,9 @@ class RotaryEmbedding(nn.Module):
         positions = torch.arange(self.cos_sin_cache.shape[0], dtype=torch.float32, device=self.inv_freq.device)
         angles = torch.outer(positions, self.inv_freq)
         half = self.head_dim // 2
-        self.cos_sin_cache[:, :half] = angles.cos()
-        self.cos_sin_cache[:, half:] = angles.sin()
+        factor = attention_factor(self.rope)
+        self.cos_sin_cache[:, :half] = angles.cos() * factor
+        self.cos_sin_cache[:, half:] = angles.sin() * factor
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines for (batch, length) positions, each (batch, length, 1, head_dim / 2), in ``dtype``."""
@@ -75,3 +105,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved
     """
     first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1) if interleaved else x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def deinterleaved(x: torch.Tensor) -> torch.Tensor:
+    """Neighbouring pairs of every head of ``x`` (..., head_dim) to split halves, as ``rotate`` leaves them."""
+    return torch.cat(x.reshape(*x.shape[:-1], -1, 2).unbind(-1), dim=-1)

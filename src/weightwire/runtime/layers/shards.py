@@ -20,6 +20,9 @@ Part = Mapping[str, TensorSource]
 class Loadable(Protocol):
     """A layer that fills its parameters from checkpoint tensors."""
 
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """``nn.Module``'s own."""
+
     def checkpoint_tensors(self) -> tuple[str, ...]:
         """Leaf names that each of its parts must have."""
 
@@ -31,9 +34,45 @@ class Loadable(Protocol):
         """
 
 
+@runtime_checkable
+class Spread(Protocol):
+    """A ``Loadable`` that is made of many checkpoint modules, some of which are other ranks' (experts)."""
+
+    def checkpoint_prefixes(self, name: str) -> tuple[str, ...]:
+        """Names of the modules that this rank holds parts of, for a layer called ``name``."""
+
+    def checkpoint_elsewhere(self, name: str) -> tuple[str, ...]:
+        """Names of those that only other ranks hold parts of."""
+
+    def tensors_elsewhere(self) -> tuple[str, ...]:
+        """Leaf names that this rank needs of those, too: of a kind that each part must have, or may have."""
+
+
+@runtime_checkable
+class TakesMore(Protocol):
+    """A ``Loadable`` that has use for tensors that not every checkpoint has."""
+
+    def optional_tensors(self) -> tuple[str, ...]:
+        """Leaf names that each of its parts may have."""
+
+
+@runtime_checkable
+class RewritesLoaded(Protocol):
+    """A ``Loadable`` of which own parameters are written again after its ``load_weights``, before all is loaded."""
+
+    def written_again(self) -> frozenset[str]:
+        """Their names: they are final when the whole model is loaded, not before."""
+
+
+def final_names(layer: Loadable, written: frozenset[str]) -> list[str]:
+    """Of the parameters that ``layer.load_weights`` wrote, those that nothing writes again, in order of their names."""
+    again = layer.written_again() if isinstance(layer, RewritesLoaded) else frozenset[str]()
+    return sorted(written - again)
+
+
 def new_parameter(*shape: int, dtype: torch.dtype, device: torch.device | None = None) -> nn.Parameter:
     """An uninitialised parameter: whatever fills it writes all of it."""
-    return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
 def copy_whole(destination: torch.Tensor, source: TensorSource) -> None:

@@ -11,10 +11,10 @@ import contextlib
 import ctypes
 import functools
 import importlib
-import os
-import time
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,12 @@ PROGRESS_DELAY_US = 1000
 """Longest sleep of a serving agent's progress thread; it wakes for events. At 0 it spins; at 1000 it idles at 4 % of
 a core and serves as fast (``bench/nixl.py``)."""
 
+Pairs = Sequence[tuple[int, int]] | np.ndarray[Any, np.dtype[np.int64]]
+"""Addresses and sizes."""
+
 _ucx_log = UcxLog()
+_making = threading.Lock()
+"""Agents are made one at a time: the first one decides where UCX's log goes."""
 
 
 @functools.cache
@@ -42,7 +47,6 @@ def bindings() -> Any:
     Raises:
         ConfigError: the package is not installed, or its libraries cannot be loaded.
     """
-    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
     try:
         return importlib.import_module("nixl._api").nixlBind
     except ModuleNotFoundError as error:
@@ -63,16 +67,6 @@ def _translated(kind: type[WeightwireError], problem: str, remedy: str) -> Itera
         yield
     except _errors() as error:
         raise kind(f"{problem} ({error})", remedy) from error
-
-
-def warm_up() -> None:
-    """Make an agent and end it: the first one of a process takes a second or more where there is a GPU.
-
-    Raises:
-        ConfigError: ``nixl`` is not installed.
-        TransferError: UCX finds nothing to work with.
-    """
-    Agent(f"warm-{os.getpid()}-{time.monotonic_ns() % 10**9}", serves=False).destroy()
 
 
 class Agent:
@@ -96,9 +90,12 @@ class Agent:
         config.useListenThread = False
         config.captureTelemetry = False
         config.syncMode = self._bound.NIXL_THREAD_SYNC_NONE
-        with _ucx_log.agent_being_made(), _translated(TransferError, "NIXL cannot start UCX", "check UCX_TLS"):
+        package = Path(self._bound.__file__).parent
+        with _making, _translated(TransferError, "NIXL cannot start UCX", "check UCX_TLS"):
+            settings = _ucx_log.settings(package.parent / f"{package.name}.libs")
+            wanted = {"engine_config": ",".join(f"{name}={value}" for name, value in settings.items())}
             self._agent = self._bound.nixlAgent(name, config)
-            self._backends = [self._agent.createBackend(BACKEND, {})]
+            self._backends = [self._agent.createBackend(BACKEND, wanted)]
         self._registered: list[Any] = []
         self._posted: set[int] = set()
         process_exit.install()
@@ -144,8 +141,8 @@ class Agent:
             PeerLost: the connection broke.
             ProtocolError: the peer's memory is not registered where the endpoint says.
         """
-        ours = self._xfer(piece.local, [(run.local, run.nbytes) for run in piece.runs])
-        theirs = self._xfer(piece.remote, [(run.remote, run.nbytes) for run in piece.runs])
+        ours = self._xfer(piece.local, piece.rows[:, (0, 2)])
+        theirs = self._xfer(piece.remote, piece.rows[:, (1, 2)])
         read = self._bound.NIXL_READ
         with _translated(ProtocolError, "NIXL refuses a read", "do not use this peer"):
             handle = int(self._agent.createXferReq(read, ours, theirs, peer, b"", self._backends))
@@ -207,7 +204,7 @@ class Agent:
     def _kind(self, device: str) -> Any:
         return self._bound.DRAM_SEG if device == "cpu" else self._bound.VRAM_SEG
 
-    def _xfer(self, device: str, rows: Sequence[tuple[int, int]]) -> Any:
+    def _xfer(self, device: str, rows: Pairs) -> Any:
         return self._bound.nixlXferDList(self._kind(device), _rows(rows, device))
 
     def _check(self, status: Any) -> bool:
@@ -218,7 +215,7 @@ class Agent:
         raise PeerLost(f"the NIXL peer is gone ({status})", "read from another peer")
 
 
-def _rows(rows: Sequence[tuple[int, int]], device: str) -> np.ndarray[Any, np.dtype[np.uint64]]:
+def _rows(rows: Pairs, device: str) -> np.ndarray[Any, np.dtype[np.uint64]]:
     table = np.empty((len(rows), 3), dtype=np.uint64)
     table[:, :2] = rows
     table[:, 2] = max(device_number(device), 0)

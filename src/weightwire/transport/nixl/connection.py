@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import mmap
 import threading
 import time
 from collections import deque
@@ -13,15 +14,19 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from weightwire.errors import FenceTimeout, PeerLost, PeerStalled, ProtocolError, TransferError, WeightwireError
-from weightwire.manifest.address import Region, Segment
+from weightwire.manifest.address import AddressSpace, Columns, Region, Segment
 from weightwire.transport.base import Registration
 from weightwire.transport.nixl.agent import Agent
 from weightwire.transport.nixl.bounded import Bounded
 from weightwire.transport.nixl.endpoint import Endpoint
 from weightwire.transport.nixl.lanes import Way, tcp_is_asked_for
 from weightwire.transport.nixl.pieces import Piece, cut
+from weightwire.transport.nixl.places import Places
 from weightwire.transport.nixl.registration import NixlRegistration
 from weightwire.types import Span
+
+READ_BYTES = 8 * 1024 * 1024
+"""What one read should ask for: enough that asking costs nothing, little enough that digests find it in a cache."""
 
 DEPTH = 4
 IN_FLIGHT = 4
@@ -81,11 +86,12 @@ class NixlConnection:
         self._lock = threading.Lock()
         self._over = ""
         self._registered: dict[int, Registration] = {}
+        self._places = Places()
         self._reads: deque[NixlRead] = deque()
         self._posted: deque[tuple[int, NixlRead]] = deque()
         self._ways: dict[Way, tuple[str, ...]] = {}
         self._probed: tuple[str, ...] = ()
-        self._scratch = np.zeros(PROBE_BYTES, dtype=np.uint8)
+        self._scratch = np.frombuffer(mmap.mmap(-1, PROBE_BYTES), dtype=np.uint8)  # a page of its own: see Places
         self._teardown = Bounded(f"nixl-end-{agent.name}", self._end)
 
     @property
@@ -99,6 +105,11 @@ class NixlConnection:
         """See the contract."""
         return DEPTH
 
+    @property
+    def read_bytes(self) -> int:
+        """See ``READ_BYTES``."""
+        return READ_BYTES
+
     def open(self, deadline: float) -> None:
         """Make the peer known and read a few bytes of it into memory of our own: it is alive, and this is the way.
 
@@ -111,12 +122,13 @@ class NixlConnection:
         with self._lock:
             self._agent.add_peer(self._peer.metadata, self._peer.agent)
             scratch = Region(self._scratch.ctypes.data, PROBE_BYTES, "cpu")
-            self._agent.register([scratch])
+            self._agent.register(self._places.add([scratch]))
             first = next(iter(self._peer.memory.segments), None)
         if first is None:
             return
+        size = min(first.nbytes, PROBE_BYTES)
         probe = NixlRead(
-            self, cut([Segment(first.offset, scratch.address, PROBE_BYTES, "cpu")], [_head(first)]), probe=True
+            self, cut(_whole(Segment(0, scratch.address, size, "cpu")), _whole(_head(first, size))), probe=True
         )
         self._start(probe)
         probe.wait(deadline)
@@ -127,12 +139,12 @@ class NixlConnection:
         Raises:
             TransferError: ``into`` cannot be registered, or the way is TCP (see ``open``).
         """
-        local = into.memory.slices(span)
+        local = into.memory.columns(span)
         remote = self._remote(span)
         with self._lock:
             self._check_open()
             if id(into) not in self._registered:  # by object: it stays alive here, so its id stays its own
-                self._agent.register(_registered_regions(into))
+                self._agent.register(self._places.add(_regions(into)))
                 self._registered[id(into)] = into
         read = NixlRead(self, cut(local, remote))
         self._start(read)
@@ -166,9 +178,9 @@ class NixlConnection:
             ),
         )
 
-    def _remote(self, span: Span) -> Sequence[Segment]:
+    def _remote(self, span: Span) -> Columns:
         try:
-            return self._peer.memory.slices(span)
+            return self._peer.memory.columns(span)
         except IndexError as error:
             raise ProtocolError(
                 "the span is outside what the source holds", "ask for what the manifest says"
@@ -263,9 +275,13 @@ class NixlConnection:
                     time.sleep(0)
 
 
-def _registered_regions(into: Registration) -> Sequence[Region]:
+def _regions(into: Registration) -> Sequence[Region]:
     return into.regions if isinstance(into, NixlRegistration) else into.memory.regions
 
 
-def _head(segment: Segment) -> Segment:
-    return Segment(segment.offset, segment.address, min(segment.nbytes, PROBE_BYTES), segment.device)
+def _head(segment: Segment, nbytes: int) -> Segment:
+    return Segment(0, segment.address, nbytes, segment.device)
+
+
+def _whole(segment: Segment) -> Columns:
+    return AddressSpace([segment], (), None).columns(Span(0, segment.nbytes))

@@ -8,19 +8,21 @@ UCX prints one table for each way of reading that it chooses (``UCX_PROTO_INFO``
     | 0..inf | zero-copy   | rc_mlx5/mlx5_0:1                          |
 
 ("into cuda/GPU0 from cuda/GPU0", without "memory", where it knows the device.) It prints to a log of the whole process,
-which we direct into memory of our own before UCX is loaded. Where something else loaded UCX first, or ``UCX_LOG_FILE``
-or ``UCX_PROTO_INFO`` is set by the user, there is nothing to read and the answer is "unknown".
+which we direct into memory of our own before the first agent is made. Where something else loaded UCX first, or
+``UCX_LOG_FILE`` or ``UCX_PROTO_INFO`` is set by the user, there is nothing to read and the answer is "unknown".
+
+Nothing here touches the environment: agents are made in threads, and C code that reads the environment meanwhile (torch
+does, while a model is constructed) would crash.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
@@ -35,13 +37,18 @@ _LANE = re.compile(r"\b(?P<transport>[a-z][a-z0-9_]*)/[\w.:-]+")
 _TABLE = re.compile(r"^[|+]")
 _WAY = re.compile(r"\| remote memory read by ucp_get\*\S* into (?P<to>\S+)(?: memory)? from (?P<source>\S+)")
 
-DEFAULTS = {"UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on", "UCX_WARN_UNUSED_ENV_VARS": "n"}
-"""Settings of ours, where the user has none.
+DEFAULTS = {"CUDA_IPC_ENABLE_GET_ZCOPY": "on"}
+"""Settings of UCX for our agents, by names without ``UCX_``, where the user's environment says nothing.
 
 Left to itself UCX reads from another process's device memory only where it sees NVLink; elsewhere, also between
 processes on one device, it has the source copy to host memory and send it over TCP, a hundred times slower.
-A UCX without CUDA does not know that setting, and would warn of it at every agent.
+A UCX without CUDA does not know that setting, and says nothing of it.
 """
+
+TABLES = {"PROTO_INFO": "*ucp_get*"}
+"""The setting that makes UCX print the tables."""
+
+_MAPS = Path("/proc/self/maps")
 
 NOT_NETWORKS = frozenset(
     ("self", "sm", "shm", "mm", "posix", "sysv", "xpmem", "knem", "cma", "cuda", "cuda_copy", "cuda_ipc", "gdr_copy")
@@ -115,24 +122,21 @@ class UcxLog:
         self._lanes = Lanes()
         self._file: int | None = None
         self._read = 0
-        self._flush: Callable[[], None] = _no_flush
-        self._loaded = False
+        self._flush: Callable[[], object] = _no_flush
+        self._opened = False
 
-    @contextlib.contextmanager
-    def agent_being_made(self) -> Iterator[None]:
-        """Make an agent inside this block, one at a time: UCX reads its settings there."""
+    def settings(self, libraries: Path) -> dict[str, str]:
+        """UCX's settings for an agent that is made next, by names without ``UCX_``; the first call opens the log.
+
+        Args:
+            libraries: the folder that the package of NIXL in use brings UCX in.
+        """
         with self._lock:
-            added = {**DEFAULTS, **self._settings()}
-            added = {name: value for name, value in added.items() if name not in os.environ}
-            os.environ.update(added)
-            try:
-                yield
-            finally:
-                for name in added:  # child processes must not inherit them
-                    os.environ.pop(name, None)
-            if not self._loaded:
-                self._loaded = True
-                self._flush = _flusher()
+            if not self._opened:
+                self._opened = True
+                self._open(libraries)
+            ours = DEFAULTS if self._file is None else {**DEFAULTS, **TABLES}
+            return {name: value for name, value in ours.items() if f"UCX_{name}" not in os.environ}
 
     def transports(self, agent: str) -> dict[Way, tuple[str, ...]]:
         """See ``Lanes.transports``; looks at the log first, and passes UCX's warnings on to ours."""
@@ -141,14 +145,33 @@ class UcxLog:
                 _log.warning("UCX: %s", line)
             return self._lanes.transports(agent)
 
-    def _settings(self) -> dict[str, str]:
-        if not self._loaded:
-            if {"UCX_LOG_FILE", "UCX_PROTO_INFO"} & set(os.environ) or _library("libucs"):
-                self._loaded = True  # not by us, or not for us
-                return {}
-            self._file = os.memfd_create("ucx-log")
-            return {"UCX_LOG_FILE": f"/proc/self/fd/{self._file}", "UCX_PROTO_INFO": "*ucp_get*"}
-        return {} if self._file is None else {"UCX_PROTO_INFO": "*ucp_get*"}
+    def _open(self, libraries: Path) -> None:
+        """Load UCX and give it a log of ours; it opens its log when it is loaded, so ours takes that one's place.
+
+        A UCX without these functions, or loaded already, keeps its log.
+        """
+        if {"UCX_LOG_FILE", "UCX_PROTO_INFO"} & set(os.environ) or _is_loaded("libucs"):
+            return
+        path = next(iter(sorted(libraries.glob("libucs-*") or libraries.glob("libucs.*"))), None)
+        if path is None:
+            return
+        try:
+            library = ctypes.CDLL(str(path))
+            put, close, open_, flush = (
+                getattr(library, name)
+                for name in ("ucs_global_opts_set_value", "ucs_log_cleanup", "ucs_log_init", "ucs_log_flush")
+            )
+        except (OSError, AttributeError):
+            return
+        put.restype, put.argtypes = ctypes.c_int, (ctypes.c_char_p, ctypes.c_char_p)
+        close.restype = open_.restype = flush.restype = None
+        file = os.memfd_create("ucx-log")
+        if put(b"LOG_FILE", f"/proc/self/fd/{file}".encode()):
+            os.close(file)
+            return
+        close()
+        open_()
+        self._file, self._flush = file, flush
 
     def _new_text(self) -> str:
         if self._file is None:
@@ -172,27 +195,9 @@ def _kind(name: str) -> str:
 
 
 def _no_flush() -> None:
-    pass
+    """UCX's own ``ucs_log_flush`` once there is a log: ``fflush(NULL)`` could wait for a stream being read."""
 
 
-def _library(name: str) -> str:
-    """Path of the loaded library whose file name begins with ``name``; empty if there is none."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.partition("/")
-        if Path(path[2]).name.startswith(name):
-            return "/" + path[2]
-    return ""
-
-
-def _flusher() -> Callable[[], None]:
-    """UCX's own flush of its log: ``fflush(NULL)`` could wait for a stream that another thread is reading."""
-    path = _library("libucs")
-    function = getattr(ctypes.CDLL(path), "ucs_log_flush", None) if path else None
-    if function is None:
-        return _no_flush
-    function.restype = None
-
-    def flush() -> None:
-        function()
-
-    return flush
+def _is_loaded(name: str) -> bool:
+    """Whether a library is loaded whose file name begins with ``name``."""
+    return any(Path(line.partition("/")[2]).name.startswith(name) for line in _MAPS.read_text().splitlines())

@@ -31,17 +31,17 @@ class Server:
     the process lives: nobody drives it, so not a byte is read any more. It costs 1 MiB, 8 open files, and one a reader.
 
     Args:
-        name: see ``Agent``.
+        agent: nobody else has it; it has a progress thread of NIXL's unless TCP is the only network. Ended here.
         regions: what is readable.
 
     Raises:
         TransferError: NIXL cannot use one of them; names the device.
     """
 
-    def __init__(self, name: str, regions: Sequence[Region]) -> None:
-        self.name = name
+    def __init__(self, agent: Agent, regions: Sequence[Region]) -> None:
+        self.name = agent.name
         self.parks = tcp_is_the_only_network()
-        self._agent = Agent(name, serves=not self.parks)
+        self._agent = agent
         self._stop = threading.Event()
         self._driver: threading.Thread | None = None
         try:
@@ -51,7 +51,7 @@ class Server:
             self._agent.destroy()
             raise
         if self.parks:
-            self._driver = threading.Thread(target=self._drive, name=f"nixl-serve-{name}", daemon=True)
+            self._driver = threading.Thread(target=self._drive, name=f"nixl-serve-{self.name}", daemon=True)
             self._driver.start()
 
     def end(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import logging
 import secrets
@@ -12,7 +11,7 @@ import weakref
 from typing import ClassVar
 
 from weightwire.auth import Secret
-from weightwire.errors import ConfigError, FenceTimeout, PeerLost, TransferError, WeightwireError
+from weightwire.errors import ConfigError, FenceTimeout, PeerLost, TransferError
 from weightwire.manifest.address import AddressSpace
 from weightwire.transport.base import ReadGate, Registration
 from weightwire.transport.nixl import agent as nixl_agent
@@ -20,8 +19,10 @@ from weightwire.transport.nixl import exit as process_exit
 from weightwire.transport.nixl.agent import Agent
 from weightwire.transport.nixl.connection import NixlConnection
 from weightwire.transport.nixl.endpoint import Endpoint
+from weightwire.transport.nixl.lanes import tcp_is_the_only_network
 from weightwire.transport.nixl.registration import NixlRegistration, registrable
 from weightwire.transport.nixl.server import Server
+from weightwire.transport.nixl.spare import SpareAgent
 
 CLOSE_S = 5.0
 ABANDON_S = 1.0
@@ -74,7 +75,14 @@ class NixlTransport:
         self._connections: weakref.WeakSet[NixlConnection] = weakref.WeakSet()
         self._closed = False
         process_exit.close_at_exit(self)
-        _begin_warming_up()
+        name = self._server_name if self._serves else self._reader_name
+        self._spare = SpareAgent(name, serves=self._serves and not tcp_is_the_only_network())
+
+    def _server_name(self) -> str:
+        return f"{self._incarnation}/s{next(self._counter)}"
+
+    def _reader_name(self) -> str:
+        return f"{self._incarnation}/{next(self._counter)}"
 
     @property
     def streams(self) -> int:
@@ -94,7 +102,7 @@ class NixlTransport:
         regions = registrable(memory)
         server: Server | None = None
         if self._serves:
-            server = Server(f"{self._incarnation}/s{next(self._counter)}", regions)
+            server = Server(self._spare.take(), regions)
         registration = NixlRegistration(memory, regions, server)
         with self._lock:
             if self._closed:
@@ -125,7 +133,7 @@ class NixlTransport:
             TransferError: UCX would read over TCP; see ``require_rdma``.
         """
         peer = Endpoint.decode(endpoint, self._secret, lease)
-        agent = Agent(f"{self._incarnation}/{next(self._counter)}", serves=False)
+        agent = self._spare.take() if not self._serves else Agent(self._reader_name(), serves=False)
         connection = NixlConnection(agent, peer, require_rdma=self._require_rdma)
         with self._lock:
             closed = self._closed
@@ -167,6 +175,7 @@ class NixlTransport:
             FenceTimeout: one could not be ended; keep all registered memory alive.
         """
         deadline = time.monotonic() + CLOSE_S
+        self._spare.close()
         with self._lock:
             self._closed = True
             connections, registrations = list(self._connections), list(self._registrations)
@@ -183,24 +192,6 @@ class NixlTransport:
                 failed = error
         if failed is not None:
             raise failed
-
-
-_warmed = threading.Lock()
-
-
-def _begin_warming_up() -> None:
-    """Once a process, in a thread of its own, while whoever made the transport finds out what to read."""
-    if _warmed.acquire(blocking=False):  # never released
-        thread = threading.Thread(target=_warm_up, name="nixl-warm-up", daemon=True)
-        thread.start()
-        atexit.register(thread.join, CLOSE_S)  # an exit in the middle of it could crash
-
-
-def _warm_up() -> None:
-    try:
-        nixl_agent.warm_up()
-    except WeightwireError as error:
-        _log.debug("warming up: %s", error)  # whoever needs an agent is told
 
 
 def _abandon(connection: NixlConnection) -> None:

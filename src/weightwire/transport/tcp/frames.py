@@ -64,6 +64,8 @@ class Status(enum.IntEnum):
     """The lease is unknown, or the span is outside what may be read under it."""
     GONE = 3
     """The source cannot serve: it is closing, or failed inside."""
+    NOT_YET = 4
+    """A relay that does not have these bytes yet: they may be asked for again later, on the same connection."""
 
 
 class Hello(NamedTuple):

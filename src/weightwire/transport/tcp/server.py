@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import threading
 import time
@@ -11,12 +12,13 @@ from collections import deque
 from dataclasses import dataclass
 
 from weightwire.auth import Secret
-from weightwire.errors import ConfigError, GenerationMoved, ProtocolError, WeightwireError
+from weightwire.errors import ConfigError, GenerationMoved, NotYet, ProtocolError, WeightwireError
 from weightwire.manifest.address import Segment
 from weightwire.transport import memory
-from weightwire.transport.base import ReadGate
+from weightwire.transport.base import ReadGate, Registration
 from weightwire.transport.landing import Staging, leaving
 from weightwire.transport.ledger import Ledger
+from weightwire.transport.pacing import Pacer
 from weightwire.transport.tcp import frames
 from weightwire.transport.tcp.frames import Request, Status
 from weightwire.transport.tcp.greeting import greet_client
@@ -24,6 +26,8 @@ from weightwire.transport.tcp.settings import TcpSettings
 from weightwire.transport.tcp.stream import OverdueError, Stream
 
 _BACKLOG = 128
+NICENESS = 10
+"""Of threads that serve readers: a tenth of a core that is wanted for computing, all of one that is not."""
 _ACCEPT_PAUSE_S = 0.1
 
 _log = logging.getLogger(__name__)
@@ -75,6 +79,7 @@ class Service:
     gate: ReadGate
     ledger: Ledger
     settings: TcpSettings
+    pacer: Pacer
 
 
 class Session:
@@ -86,6 +91,13 @@ class Session:
         self.stream = Stream(accepted, dead_host_s=settings.dead_host_s, send_s=settings.send_stall_s)
         self._service = service
         self._staging = Staging()
+        self._over = threading.Event()
+        self._serving: Registration | None = None
+
+    def cut(self) -> None:
+        """End it from another thread, also where it waits for its turn; returns at once. Idempotent."""
+        self._over.set()
+        self.stream.cut()
 
     def greet(self) -> bytes | None:
         """The client's lease, once it has proved that it holds the secret; None if it did not."""
@@ -112,10 +124,13 @@ class Session:
         # The gate is asked first and the ledger second, so that what is withdrawn in between is refused.
         try:
             registration = self._service.gate.admit(lease, request.span)
-            use.enter_context(self._service.ledger.use(registration, self.stream.cut))
+            use.enter_context(self._service.ledger.use(registration, self.cut))
+            self._serving = registration
             return registration.memory.slices(request.span)
         except GenerationMoved:
             return Status.MOVED
+        except NotYet:
+            return Status.NOT_YET
         except (ProtocolError, IndexError) as error:
             _log.warning("refused a read by %s: %s", self.peer, error)
             return Status.REFUSED
@@ -126,11 +141,36 @@ class Session:
     def _send(self, request: Request, segments: list[Segment]) -> None:
         head = memoryview(frames.encode_answer(Status.OK, request))
         if memory.on_host(segments):
-            self.stream.send(deque([head, *memory.views(segments)]))
+            self._dispatch(deque([head, *memory.views(segments)]))
             return
         self.stream.send(deque([head]))
         for buffers in leaving(segments, self._staging):
-            self.stream.send(buffers)
+            self._dispatch(buffers)
+
+    def _dispatch(self, buffers: deque[memoryview]) -> None:
+        """Send all of ``buffers``, piece by piece where there is a rate to keep to.
+
+        Raises:
+            OSError: besides the stream's, where the memory was withdrawn while this waited for its turn.
+        """
+        pacer = self._service.pacer
+        while pacer.rate and buffers:
+            piece = memory.take(buffers, pacer.piece)
+            if not pacer.hold(pacer.reserve(sum(part.nbytes for part in piece)), self._rest):
+                raise ConnectionAbortedError("what is read was withdrawn")
+            self.stream.send(piece)
+        self.stream.send(buffers)
+
+    def _rest(self, seconds: float) -> bool:
+        """A withdrawal must not wait for readers that wait for their turn, so it is looked for in between."""
+        assert self._serving is not None
+        return self._over.wait(seconds) or not self._service.ledger.live(self._serving)
+
+
+def _give_way() -> None:
+    """Let what this process computes go first on a busy core: on Linux each thread has a niceness of its own."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 class Server:
@@ -168,7 +208,7 @@ class Server:
         except OSError:
             _log.debug("tcp server was closed already")
         for session in open_sessions:
-            session.stream.cut()
+            session.cut()
         deadline = time.monotonic() + self._service.settings.close_s
         for thread in [self._acceptor, *threads]:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -225,6 +265,7 @@ class Server:
             if lease is None:
                 _log.warning("refused tcp client %s: it does not hold the secret", session.peer)
             else:
+                _give_way()
                 session.serve(lease)
         except OverdueError:
             _log.info("let tcp client %s go: silent for too long", session.peer)

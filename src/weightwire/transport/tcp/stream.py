@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import socket
 import struct
 import threading
 import time
 from collections import deque
 
+from weightwire.manifest.host_digest import ArrivingDigests
+from weightwire.manifest.host_library import Came
 from weightwire.transport.memory import consume
 
 SLICE_S = 1.0
@@ -21,6 +24,14 @@ SLICE_S = 1.0
 
 BUFFERS = 1024
 """Most buffers handed to one system call: the kernel's limit. Fewer cost up to a tenth where tensors are small."""
+
+
+LOCAL_BUFFER = 256 * 1024
+"""Bytes of a socket's own buffer, each way, to a peer on this machine: what is sent is received before it has left the
+cache (two streams of bare sockets ran at 9.0 GB/s instead of 7.1). Over a network the kernel's tuning is kept."""
+
+
+ENDED = "the other side ended the connection"
 
 
 class OverdueError(Exception):
@@ -61,8 +72,27 @@ class Stream:
         except BlockingIOError:
             return 0
         if nbytes == 0:
-            raise ConnectionResetError("the other side ended the connection")
+            raise ConnectionResetError(ENDED)
         return nbytes
+
+    def receive_digested(self, arriving: ArrivingDigests, deadline: float) -> int:
+        """The same for leaves that are hashed on their way, into their memory; how many bytes came.
+
+        Raises:
+            OverdueError: ``deadline`` is over.
+            OSError: the connection ended, was cut, or broke; some bytes may have come.
+        """
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise OverdueError
+        self._limit(min(left, SLICE_S))
+        before = arriving.received
+        came = arriving.receive(self._socket.fileno(), min(left, SLICE_S))
+        if came == Came.ENDED:
+            raise ConnectionResetError(ENDED)
+        if came > 0:
+            raise OSError(came, os.strerror(came))
+        return arriving.received - before
 
     def receive_exactly(self, nbytes: int, deadline: float) -> bytearray:
         """Exactly ``nbytes`` (small, and chosen by us) bytes.
@@ -121,8 +151,11 @@ def _timeval(milliseconds: int) -> bytes:
 def _tune(connected: socket.socket, dead_host_s: float) -> None:
     """No delay for small requests; a dead host is noticed within about ``dead_host_s``, sending or not.
 
-    Buffer sizes stay with the kernel's autotuning: 4 MiB set by hand were no faster on loopback, and would be a cap.
+    Buffer sizes stay with the kernel's autotuning but on one machine: set by hand they would be a cap.
     """
+    if connected.getsockname()[0] == connected.getpeername()[0]:
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOCAL_BUFFER)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, LOCAL_BUFFER)
     probe_s = max(1, math.ceil(dead_host_s / 4))
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

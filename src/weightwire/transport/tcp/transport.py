@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Sequence
+from typing import ClassVar
 
 from weightwire.auth import Secret
 from weightwire.errors import AuthError, ConfigError, FenceTimeout, PeerLost, PeerStalled
 from weightwire.manifest.address import AddressSpace
 from weightwire.transport.base import ReadGate, Registration
 from weightwire.transport.ledger import HeldMemory, Ledger
+from weightwire.transport.pacing import Pacer
 from weightwire.transport.tcp import frames
 from weightwire.transport.tcp.connection import TcpConnection
 from weightwire.transport.tcp.frames import Endpoint
 from weightwire.transport.tcp.greeting import greet_server
 from weightwire.transport.tcp.server import Server, Service, listen
-from weightwire.transport.tcp.settings import TcpSettings
+from weightwire.transport.tcp.settings import STREAMS, TcpSettings
 from weightwire.transport.tcp.stream import OverdueError, Stream
 
-STREAMS = 4 if len(os.sched_getaffinity(0)) >= 8 else 2
-"""Connections to one peer that pay, in reads of 8 to 16 MiB (``bench/tcp.py``, 512 MiB over loopback, both ends on it).
-
-On 16 cores 1, 2 and 4 streams ran at 3.4, 6.2 and 12 GB/s; on two cores at 3.2, 4.9 and 5.0.
-"""
+__all__ = ["STREAMS", "TcpTransport"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,10 +40,14 @@ class TcpTransport:
         advertise: addresses (or names, looked up here and now) under which readers reach us, best first; at most 8.
             Left out, it is ``host``, which must then be one interface's address.
         settings: bounds.
+        pacer: what all readers together are served by; no bound where left out.
 
     Raises:
         ConfigError: the port is taken, or an address is not usable; names it.
     """
+
+    SOURCE_PACES: ClassVar[bool] = True
+    """The serving side keeps to its cap by itself: readers need not."""
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class TcpTransport:
         port: int = 0,
         advertise: Sequence[str] | None = None,
         settings: TcpSettings | None = None,
+        pacer: Pacer | None = None,
     ) -> None:
         self._secret = secret
         self._settings = settings or TcpSettings()
@@ -68,7 +70,7 @@ class TcpTransport:
         self._server: Server | None = None
         if gate is not None:
             self._hosts = _advertised(host, advertise)
-            service = Service(secret, self._incarnation, gate, self._ledger, self._settings)
+            service = Service(secret, self._incarnation, gate, self._ledger, self._settings, pacer or Pacer())
             self._server = Server(listen(host, port), service)
 
     @property
@@ -79,7 +81,7 @@ class TcpTransport:
     @property
     def streams(self) -> int:
         """How many connections to one peer pay."""
-        return STREAMS
+        return self._settings.streams
 
     def register(self, memory: AddressSpace) -> HeldMemory:
         """Any host memory, and device memory through a stage of ``memory.STAGE_BYTES`` a stream."""
@@ -122,7 +124,7 @@ class TcpTransport:
         except AuthError:
             stream.close()
             raise
-        connection = TcpConnection(stream, peer, self._forget)
+        connection = TcpConnection(stream, peer, self._forget, self._settings.read_bytes)
         with self._lock:
             self._connections.add(connection)
         return connection

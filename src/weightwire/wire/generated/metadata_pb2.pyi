@@ -22,7 +22,7 @@ FAILURE_KIND_MISMATCH: FailureKind
 FAILURE_KIND_PROTOCOL: FailureKind
 
 class PublicationRecord(_message.Message):
-    __slots__ = ("shard_key", "replica_key", "family_key", "model_id", "identity", "revision", "coordinates", "role", "stage", "incarnation", "replica_incarnation", "world_size", "endpoints", "content_id", "weights_id", "ordinal", "nbytes", "state", "generation", "sequence", "host", "fraction", "bytes_done", "active_reads")
+    __slots__ = ("shard_key", "replica_key", "family_key", "model_id", "identity", "revision", "coordinates", "role", "stage", "incarnation", "replica_incarnation", "world_size", "endpoints", "content_id", "weights_id", "ordinal", "nbytes", "state", "generation", "sequence", "host", "fraction", "bytes_done", "active_reads", "following")
     SHARD_KEY_FIELD_NUMBER: _ClassVar[int]
     REPLICA_KEY_FIELD_NUMBER: _ClassVar[int]
     FAMILY_KEY_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class PublicationRecord(_message.Message):
     FRACTION_FIELD_NUMBER: _ClassVar[int]
     BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_READS_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWING_FIELD_NUMBER: _ClassVar[int]
     shard_key: str
     replica_key: str
     family_key: str
@@ -71,7 +72,8 @@ class PublicationRecord(_message.Message):
     fraction: float
     bytes_done: int
     active_reads: int
-    def __init__(self, shard_key: _Optional[str] = ..., replica_key: _Optional[str] = ..., family_key: _Optional[str] = ..., model_id: _Optional[str] = ..., identity: _Optional[str] = ..., revision: _Optional[str] = ..., coordinates: _Optional[_Union[_common_pb2.Coordinates, _Mapping]] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., incarnation: _Optional[str] = ..., replica_incarnation: _Optional[str] = ..., world_size: _Optional[int] = ..., endpoints: _Optional[_Iterable[str]] = ..., content_id: _Optional[str] = ..., weights_id: _Optional[str] = ..., ordinal: _Optional[int] = ..., nbytes: _Optional[int] = ..., state: _Optional[_Union[_common_pb2.PublicationState, str]] = ..., generation: _Optional[int] = ..., sequence: _Optional[int] = ..., host: _Optional[str] = ..., fraction: _Optional[float] = ..., bytes_done: _Optional[int] = ..., active_reads: _Optional[int] = ...) -> None: ...
+    following: str
+    def __init__(self, shard_key: _Optional[str] = ..., replica_key: _Optional[str] = ..., family_key: _Optional[str] = ..., model_id: _Optional[str] = ..., identity: _Optional[str] = ..., revision: _Optional[str] = ..., coordinates: _Optional[_Union[_common_pb2.Coordinates, _Mapping]] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., incarnation: _Optional[str] = ..., replica_incarnation: _Optional[str] = ..., world_size: _Optional[int] = ..., endpoints: _Optional[_Iterable[str]] = ..., content_id: _Optional[str] = ..., weights_id: _Optional[str] = ..., ordinal: _Optional[int] = ..., nbytes: _Optional[int] = ..., state: _Optional[_Union[_common_pb2.PublicationState, str]] = ..., generation: _Optional[int] = ..., sequence: _Optional[int] = ..., host: _Optional[str] = ..., fraction: _Optional[float] = ..., bytes_done: _Optional[int] = ..., active_reads: _Optional[int] = ..., following: _Optional[str] = ...) -> None: ...
 
 class Lease(_message.Message):
     __slots__ = ("lease_id", "ttl_s")
@@ -200,7 +202,7 @@ class WeightsGroup(_message.Message):
     def __init__(self, replica_key: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., weights_id: _Optional[str] = ..., ordinal: _Optional[int] = ..., revisions: _Optional[_Iterable[str]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaOffer, _Mapping]]] = ...) -> None: ...
 
 class LoadingReplica(_message.Message):
-    __slots__ = ("replica_key", "replica_incarnation", "stage", "revision", "state", "weights_id", "world_size", "ranks", "fraction", "bytes_done", "nbytes", "elapsed_s", "quiet_s", "live", "earlier")
+    __slots__ = ("replica_key", "replica_incarnation", "stage", "revision", "state", "weights_id", "world_size", "ranks", "fraction", "bytes_done", "nbytes", "elapsed_s", "quiet_s", "live", "earlier", "followable", "following")
     REPLICA_KEY_FIELD_NUMBER: _ClassVar[int]
     REPLICA_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -216,6 +218,8 @@ class LoadingReplica(_message.Message):
     QUIET_S_FIELD_NUMBER: _ClassVar[int]
     LIVE_FIELD_NUMBER: _ClassVar[int]
     EARLIER_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWABLE_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWING_FIELD_NUMBER: _ClassVar[int]
     replica_key: str
     replica_incarnation: str
     stage: _common_pb2.Stage
@@ -231,7 +235,9 @@ class LoadingReplica(_message.Message):
     quiet_s: float
     live: bool
     earlier: bool
-    def __init__(self, replica_key: _Optional[str] = ..., replica_incarnation: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., revision: _Optional[str] = ..., state: _Optional[_Union[_common_pb2.PublicationState, str]] = ..., weights_id: _Optional[str] = ..., world_size: _Optional[int] = ..., ranks: _Optional[int] = ..., fraction: _Optional[float] = ..., bytes_done: _Optional[int] = ..., nbytes: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., quiet_s: _Optional[float] = ..., live: bool = ..., earlier: bool = ...) -> None: ...
+    followable: bool
+    following: str
+    def __init__(self, replica_key: _Optional[str] = ..., replica_incarnation: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., revision: _Optional[str] = ..., state: _Optional[_Union[_common_pb2.PublicationState, str]] = ..., weights_id: _Optional[str] = ..., world_size: _Optional[int] = ..., ranks: _Optional[int] = ..., fraction: _Optional[float] = ..., bytes_done: _Optional[int] = ..., nbytes: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., quiet_s: _Optional[float] = ..., live: bool = ..., earlier: bool = ..., followable: bool = ..., following: _Optional[str] = ...) -> None: ...
 
 class OtherReplica(_message.Message):
     __slots__ = ("replica_key", "family_key", "replica_incarnation", "stage", "role", "state", "revision", "world_size", "ranks", "identity")
@@ -280,26 +286,36 @@ class ReplicaListing(_message.Message):
     def __init__(self, groups: _Optional[_Iterable[_Union[WeightsGroup, _Mapping]]] = ..., loading: _Optional[_Iterable[_Union[LoadingReplica, _Mapping]]] = ..., others: _Optional[_Iterable[_Union[OtherReplica, _Mapping]]] = ..., rejected: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ..., warming_s: _Optional[float] = ...) -> None: ...
 
 class FindShardRequest(_message.Message):
-    __slots__ = ("shard_key", "weights_id", "exclude")
+    __slots__ = ("shard_key", "weights_id", "exclude", "asker", "following")
     SHARD_KEY_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_FIELD_NUMBER: _ClassVar[int]
+    ASKER_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWING_FIELD_NUMBER: _ClassVar[int]
     shard_key: str
     weights_id: str
     exclude: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, shard_key: _Optional[str] = ..., weights_id: _Optional[str] = ..., exclude: _Optional[_Iterable[str]] = ...) -> None: ...
+    asker: str
+    following: str
+    def __init__(self, shard_key: _Optional[str] = ..., weights_id: _Optional[str] = ..., exclude: _Optional[_Iterable[str]] = ..., asker: _Optional[str] = ..., following: _Optional[str] = ...) -> None: ...
 
 class Candidate(_message.Message):
-    __slots__ = ("record", "reason", "suspect", "reports")
+    __slots__ = ("record", "reason", "suspect", "reports", "seated", "part", "parts")
     RECORD_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     SUSPECT_FIELD_NUMBER: _ClassVar[int]
     REPORTS_FIELD_NUMBER: _ClassVar[int]
+    SEATED_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     record: PublicationRecord
     reason: str
     suspect: bool
     reports: int
-    def __init__(self, record: _Optional[_Union[PublicationRecord, _Mapping]] = ..., reason: _Optional[str] = ..., suspect: bool = ..., reports: _Optional[int] = ...) -> None: ...
+    seated: bool
+    part: int
+    parts: int
+    def __init__(self, record: _Optional[_Union[PublicationRecord, _Mapping]] = ..., reason: _Optional[str] = ..., suspect: bool = ..., reports: _Optional[int] = ..., seated: bool = ..., part: _Optional[int] = ..., parts: _Optional[int] = ...) -> None: ...
 
 class ShardListing(_message.Message):
     __slots__ = ("candidates", "rejected")

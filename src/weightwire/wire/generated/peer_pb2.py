@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from weightwire.wire.generated import common_pb2 as weightwire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18weightwire/v1/peer.proto\x12\rweightwire.v1\x1a\x1aweightwire/v1/common.proto\"6\n\x0cShardRequest\x12\x11\n\tshard_key\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\xb4\x01\n\nPeerStatus\x12\x11\n\tshard_key\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12.\n\x05state\x18\x04 \x01(\x0e\x32\x1f.weightwire.v1.PublicationState\x12\x12\n\ncontent_id\x18\x05 \x01(\t\x12\x12\n\nderived_id\x18\x06 \x01(\t\x12\x12\n\nweights_id\x18\x07 \x01(\t\"\xd6\x01\n\x0cManifestPart\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.weightwire.v1.ManifestHeaderH\x00\x12)\n\x07\x65ntries\x18\x02 \x01(\x0b\x32\x16.weightwire.v1.EntriesH\x00\x12\'\n\x06states\x18\x03 \x01(\x0b\x32\x15.weightwire.v1.StatesH\x00\x12&\n\x06\x61\x62sent\x18\x04 \x01(\x0b\x32\x14.weightwire.v1.NamesH\x00\x12\x11\n\x07\x64igests\x18\x05 \x01(\x0cH\x00\x42\x06\n\x04part\"\x80\x03\n\x0eManifestHeader\x12\x11\n\tshard_key\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x12\n\ncontent_id\x18\x04 \x01(\t\x12\x12\n\nderived_id\x18\x05 \x01(\t\x12\x12\n\nweights_id\x18\x06 \x01(\t\x12#\n\x05stage\x18\x07 \x01(\x0e\x32\x14.weightwire.v1.Stage\x12!\n\x04role\x18\x08 \x01(\x0e\x32\x13.weightwire.v1.Role\x12/\n\x0b\x63oordinates\x18\t \x01(\x0b\x32\x1a.weightwire.v1.Coordinates\x12\x10\n\x08revision\x18\n \x01(\t\x12\x0f\n\x07ordinal\x18\x0b \x01(\x03\x12\x13\n\x0b\x62uild_facts\x18\x0c \x01(\x0c\x12\x0f\n\x07\x65ntries\x18\r \x01(\r\x12\x0e\n\x06states\x18\x0e \x01(\r\x12\x0e\n\x06\x61\x62sent\x18\x0f \x01(\r\x12\x14\n\x0c\x64igest_bytes\x18\x10 \x01(\x04\"0\n\x07\x45ntries\x12%\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x14.weightwire.v1.Entry\"\xb1\x01\n\x05\x45ntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\r\n\x05order\x18\x04 \x03(\r\x12(\n\x04kind\x18\x05 \x01(\x0e\x32\x1a.weightwire.v1.TensorClass\x12\x0e\n\x06nbytes\x18\x06 \x01(\x04\x12\x0f\n\x07\x61liases\x18\x07 \x03(\t\x12\"\n\x05views\x18\x08 \x03(\x0b\x32\x13.weightwire.v1.View\"R\n\x04View\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06stride\x18\x04 \x03(\x04\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"4\n\x06States\x12*\n\x06states\x18\x01 \x03(\x0b\x32\x1a.weightwire.v1.ModuleState\",\n\x0bModuleState\x12\x0e\n\x06module\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\x0c\"\x16\n\x05Names\x12\r\n\x05names\x18\x01 \x03(\t\"\x86\x01\n\x0fOpenReadRequest\x12\x11\n\tshard_key\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\ncontent_id\x18\x03 \x01(\t\x12\x0e\n\x06reader\x18\x04 \x01(\t\x12\x13\n\x0breader_host\x18\x05 \x01(\t\x12\x12\n\ntransports\x18\x06 \x03(\t\"N\n\tGrantPart\x12%\n\x05grant\x18\x01 \x01(\x0b\x32\x14.weightwire.v1.GrantH\x00\x12\x12\n\x08\x65ndpoint\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"i\n\x05Grant\x12\r\n\x05lease\x18\x01 \x01(\x0c\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\x12.\n\tendpoints\x18\x04 \x03(\x0b\x32\x1b.weightwire.v1.EndpointHead\"1\n\x0c\x45ndpointHead\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\"D\n\x0fProgressRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x0c\x12\r\n\x05since\x18\x03 \x01(\x04\")\n\tLeafRange\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"q\n\x0eProgressUpdate\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12(\n\x06ranges\x18\x03 \x03(\x0b\x32\x18.weightwire.v1.LeafRange\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\"6\n\x10\x43loseReadRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x0c\"H\n\x10SelfCheckRequest\x12\x11\n\tshard_key\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04leaf\x18\x03 \x01(\r\"\x1f\n\x11SelfCheckResponse\x12\n\n\x02ok\x18\x01 \x01(\x08*^\n\x0bTensorClass\x12\x1c\n\x18TENSOR_CLASS_UNSPECIFIED\x10\x00\x12\x17\n\x13TENSOR_CLASS_WEIGHT\x10\x01\x12\x18\n\x14TENSOR_CLASS_DERIVED\x10\x02\x32\xbc\x03\n\x04Peer\x12@\n\x06Status\x12\x1b.weightwire.v1.ShardRequest\x1a\x19.weightwire.v1.PeerStatus\x12I\n\x0bGetManifest\x12\x1b.weightwire.v1.ShardRequest\x1a\x1b.weightwire.v1.ManifestPart0\x01\x12\x46\n\x08OpenRead\x12\x1e.weightwire.v1.OpenReadRequest\x1a\x18.weightwire.v1.GrantPart0\x01\x12K\n\x08Progress\x12\x1e.weightwire.v1.ProgressRequest\x1a\x1d.weightwire.v1.ProgressUpdate0\x01\x12\x42\n\tCloseRead\x12\x1f.weightwire.v1.CloseReadRequest\x1a\x14.weightwire.v1.Empty\x12N\n\tSelfCheck\x12\x1f.weightwire.v1.SelfCheckRequest\x1a .weightwire.v1.SelfCheckResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18weightwire/v1/peer.proto\x12\rweightwire.v1\x1a\x1aweightwire/v1/common.proto\"6\n\x0cShardRequest\x12\x11\n\tshard_key\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\xb4\x01\n\nPeerStatus\x12\x11\n\tshard_key\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12.\n\x05state\x18\x04 \x01(\x0e\x32\x1f.weightwire.v1.PublicationState\x12\x12\n\ncontent_id\x18\x05 \x01(\t\x12\x12\n\nderived_id\x18\x06 \x01(\t\x12\x12\n\nweights_id\x18\x07 \x01(\t\"\xd6\x01\n\x0cManifestPart\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.weightwire.v1.ManifestHeaderH\x00\x12)\n\x07\x65ntries\x18\x02 \x01(\x0b\x32\x16.weightwire.v1.EntriesH\x00\x12\'\n\x06states\x18\x03 \x01(\x0b\x32\x15.weightwire.v1.StatesH\x00\x12&\n\x06\x61\x62sent\x18\x04 \x01(\x0b\x32\x14.weightwire.v1.NamesH\x00\x12\x11\n\x07\x64igests\x18\x05 \x01(\x0cH\x00\x42\x06\n\x04part\"\x80\x03\n\x0eManifestHeader\x12\x11\n\tshard_key\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x12\n\ncontent_id\x18\x04 \x01(\t\x12\x12\n\nderived_id\x18\x05 \x01(\t\x12\x12\n\nweights_id\x18\x06 \x01(\t\x12#\n\x05stage\x18\x07 \x01(\x0e\x32\x14.weightwire.v1.Stage\x12!\n\x04role\x18\x08 \x01(\x0e\x32\x13.weightwire.v1.Role\x12/\n\x0b\x63oordinates\x18\t \x01(\x0b\x32\x1a.weightwire.v1.Coordinates\x12\x10\n\x08revision\x18\n \x01(\t\x12\x0f\n\x07ordinal\x18\x0b \x01(\x03\x12\x13\n\x0b\x62uild_facts\x18\x0c \x01(\x0c\x12\x0f\n\x07\x65ntries\x18\r \x01(\r\x12\x0e\n\x06states\x18\x0e \x01(\r\x12\x0e\n\x06\x61\x62sent\x18\x0f \x01(\r\x12\x14\n\x0c\x64igest_bytes\x18\x10 \x01(\x04\"0\n\x07\x45ntries\x12%\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x14.weightwire.v1.Entry\"\xdc\x01\n\x05\x45ntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\r\n\x05order\x18\x04 \x03(\r\x12(\n\x04kind\x18\x05 \x01(\x0e\x32\x1a.weightwire.v1.TensorClass\x12\x0e\n\x06nbytes\x18\x06 \x01(\x04\x12\x0f\n\x07\x61liases\x18\x07 \x03(\t\x12\"\n\x05views\x18\x08 \x03(\x0b\x32\x13.weightwire.v1.View\x12)\n\x08sharding\x18\t \x01(\x0b\x32\x17.weightwire.v1.Sharding\"z\n\x08Sharding\x12\x0f\n\x07version\x18\x01 \x01(\r\x12$\n\x06pieces\x18\x02 \x03(\x0b\x32\x14.weightwire.v1.Piece\x12\'\n\x07padding\x18\x03 \x03(\x0b\x32\x16.weightwire.v1.Padding\x12\x0e\n\x06opaque\x18\x04 \x01(\t\"N\n\x05Piece\x12\x0c\n\x04part\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x0e\n\x06offset\x18\x03 \x03(\x04\x12\x0c\n\x04size\x18\x04 \x03(\x04\x12\n\n\x02\x61t\x18\x05 \x03(\x04\"\'\n\x07Padding\x12\x0e\n\x06offset\x18\x01 \x03(\x04\x12\x0c\n\x04size\x18\x02 \x03(\x04\"R\n\x04View\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06stride\x18\x04 \x03(\x04\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"4\n\x06States\x12*\n\x06states\x18\x01 \x03(\x0b\x32\x1a.weightwire.v1.ModuleState\",\n\x0bModuleState\x12\x0e\n\x06module\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\x0c\"\x16\n\x05Names\x12\r\n\x05names\x18\x01 \x03(\t\"\x9d\x01\n\x0fOpenReadRequest\x12\x11\n\tshard_key\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\ncontent_id\x18\x03 \x01(\t\x12\x0e\n\x06reader\x18\x04 \x01(\t\x12\x13\n\x0breader_host\x18\x05 \x01(\t\x12\x12\n\ntransports\x18\x06 \x03(\t\x12\x15\n\rlayout_digest\x18\x07 \x01(\t\"N\n\tGrantPart\x12%\n\x05grant\x18\x01 \x01(\x0b\x32\x14.weightwire.v1.GrantH\x00\x12\x12\n\x08\x65ndpoint\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"w\n\x05Grant\x12\r\n\x05lease\x18\x01 \x01(\x0c\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\x12.\n\tendpoints\x18\x04 \x03(\x0b\x32\x1b.weightwire.v1.EndpointHead\x12\x0c\n\x04rate\x18\x05 \x01(\x01\"1\n\x0c\x45ndpointHead\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\"D\n\x0fProgressRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x0c\x12\r\n\x05since\x18\x03 \x01(\x04\")\n\tLeafRange\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"\x90\x01\n\x0eProgressUpdate\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12(\n\x06ranges\x18\x03 \x03(\x0b\x32\x18.weightwire.v1.LeafRange\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\x12\x0c\n\x04rate\x18\x05 \x01(\x01\x12\x0f\n\x07\x64igests\x18\x06 \x01(\x0c\"6\n\x10\x43loseReadRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x0c\"H\n\x10SelfCheckRequest\x12\x11\n\tshard_key\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04leaf\x18\x03 \x01(\r\"\x1f\n\x11SelfCheckResponse\x12\n\n\x02ok\x18\x01 \x01(\x08*^\n\x0bTensorClass\x12\x1c\n\x18TENSOR_CLASS_UNSPECIFIED\x10\x00\x12\x17\n\x13TENSOR_CLASS_WEIGHT\x10\x01\x12\x18\n\x14TENSOR_CLASS_DERIVED\x10\x02\x32\xbc\x03\n\x04Peer\x12@\n\x06Status\x12\x1b.weightwire.v1.ShardRequest\x1a\x19.weightwire.v1.PeerStatus\x12I\n\x0bGetManifest\x12\x1b.weightwire.v1.ShardRequest\x1a\x1b.weightwire.v1.ManifestPart0\x01\x12\x46\n\x08OpenRead\x12\x1e.weightwire.v1.OpenReadRequest\x1a\x18.weightwire.v1.GrantPart0\x01\x12K\n\x08Progress\x12\x1e.weightwire.v1.ProgressRequest\x1a\x1d.weightwire.v1.ProgressUpdate0\x01\x12\x42\n\tCloseRead\x12\x1f.weightwire.v1.CloseReadRequest\x1a\x14.weightwire.v1.Empty\x12N\n\tSelfCheck\x12\x1f.weightwire.v1.SelfCheckRequest\x1a .weightwire.v1.SelfCheckResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weightwire.v1.peer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TENSORCLASS']._serialized_start=2118
-  _globals['_TENSORCLASS']._serialized_end=2212
+  _globals['_TENSORCLASS']._serialized_start=2475
+  _globals['_TENSORCLASS']._serialized_end=2569
   _globals['_SHARDREQUEST']._serialized_start=71
   _globals['_SHARDREQUEST']._serialized_end=125
   _globals['_PEERSTATUS']._serialized_start=128
@@ -45,35 +45,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENTRIES']._serialized_start=914
   _globals['_ENTRIES']._serialized_end=962
   _globals['_ENTRY']._serialized_start=965
-  _globals['_ENTRY']._serialized_end=1142
-  _globals['_VIEW']._serialized_start=1144
-  _globals['_VIEW']._serialized_end=1226
-  _globals['_STATES']._serialized_start=1228
-  _globals['_STATES']._serialized_end=1280
-  _globals['_MODULESTATE']._serialized_start=1282
-  _globals['_MODULESTATE']._serialized_end=1326
-  _globals['_NAMES']._serialized_start=1328
-  _globals['_NAMES']._serialized_end=1350
-  _globals['_OPENREADREQUEST']._serialized_start=1353
-  _globals['_OPENREADREQUEST']._serialized_end=1487
-  _globals['_GRANTPART']._serialized_start=1489
-  _globals['_GRANTPART']._serialized_end=1567
-  _globals['_GRANT']._serialized_start=1569
-  _globals['_GRANT']._serialized_end=1674
-  _globals['_ENDPOINTHEAD']._serialized_start=1676
-  _globals['_ENDPOINTHEAD']._serialized_end=1725
-  _globals['_PROGRESSREQUEST']._serialized_start=1727
-  _globals['_PROGRESSREQUEST']._serialized_end=1795
-  _globals['_LEAFRANGE']._serialized_start=1797
-  _globals['_LEAFRANGE']._serialized_end=1838
-  _globals['_PROGRESSUPDATE']._serialized_start=1840
-  _globals['_PROGRESSUPDATE']._serialized_end=1953
-  _globals['_CLOSEREADREQUEST']._serialized_start=1955
-  _globals['_CLOSEREADREQUEST']._serialized_end=2009
-  _globals['_SELFCHECKREQUEST']._serialized_start=2011
-  _globals['_SELFCHECKREQUEST']._serialized_end=2083
-  _globals['_SELFCHECKRESPONSE']._serialized_start=2085
-  _globals['_SELFCHECKRESPONSE']._serialized_end=2116
-  _globals['_PEER']._serialized_start=2215
-  _globals['_PEER']._serialized_end=2659
+  _globals['_ENTRY']._serialized_end=1185
+  _globals['_SHARDING']._serialized_start=1187
+  _globals['_SHARDING']._serialized_end=1309
+  _globals['_PIECE']._serialized_start=1311
+  _globals['_PIECE']._serialized_end=1389
+  _globals['_PADDING']._serialized_start=1391
+  _globals['_PADDING']._serialized_end=1430
+  _globals['_VIEW']._serialized_start=1432
+  _globals['_VIEW']._serialized_end=1514
+  _globals['_STATES']._serialized_start=1516
+  _globals['_STATES']._serialized_end=1568
+  _globals['_MODULESTATE']._serialized_start=1570
+  _globals['_MODULESTATE']._serialized_end=1614
+  _globals['_NAMES']._serialized_start=1616
+  _globals['_NAMES']._serialized_end=1638
+  _globals['_OPENREADREQUEST']._serialized_start=1641
+  _globals['_OPENREADREQUEST']._serialized_end=1798
+  _globals['_GRANTPART']._serialized_start=1800
+  _globals['_GRANTPART']._serialized_end=1878
+  _globals['_GRANT']._serialized_start=1880
+  _globals['_GRANT']._serialized_end=1999
+  _globals['_ENDPOINTHEAD']._serialized_start=2001
+  _globals['_ENDPOINTHEAD']._serialized_end=2050
+  _globals['_PROGRESSREQUEST']._serialized_start=2052
+  _globals['_PROGRESSREQUEST']._serialized_end=2120
+  _globals['_LEAFRANGE']._serialized_start=2122
+  _globals['_LEAFRANGE']._serialized_end=2163
+  _globals['_PROGRESSUPDATE']._serialized_start=2166
+  _globals['_PROGRESSUPDATE']._serialized_end=2310
+  _globals['_CLOSEREADREQUEST']._serialized_start=2312
+  _globals['_CLOSEREADREQUEST']._serialized_end=2366
+  _globals['_SELFCHECKREQUEST']._serialized_start=2368
+  _globals['_SELFCHECKREQUEST']._serialized_end=2440
+  _globals['_SELFCHECKRESPONSE']._serialized_start=2442
+  _globals['_SELFCHECKRESPONSE']._serialized_end=2473
+  _globals['_PEER']._serialized_start=2572
+  _globals['_PEER']._serialized_end=3016
 # @@protoc_insertion_point(module_scope)

@@ -100,7 +100,7 @@ class Entries(_message.Message):
     def __init__(self, entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ...) -> None: ...
 
 class Entry(_message.Message):
-    __slots__ = ("name", "dtype", "shape", "order", "kind", "nbytes", "aliases", "views")
+    __slots__ = ("name", "dtype", "shape", "order", "kind", "nbytes", "aliases", "views", "sharding")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
@@ -109,6 +109,7 @@ class Entry(_message.Message):
     NBYTES_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     VIEWS_FIELD_NUMBER: _ClassVar[int]
+    SHARDING_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
@@ -117,7 +118,42 @@ class Entry(_message.Message):
     nbytes: int
     aliases: _containers.RepeatedScalarFieldContainer[str]
     views: _containers.RepeatedCompositeFieldContainer[View]
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., order: _Optional[_Iterable[int]] = ..., kind: _Optional[_Union[TensorClass, str]] = ..., nbytes: _Optional[int] = ..., aliases: _Optional[_Iterable[str]] = ..., views: _Optional[_Iterable[_Union[View, _Mapping]]] = ...) -> None: ...
+    sharding: Sharding
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., order: _Optional[_Iterable[int]] = ..., kind: _Optional[_Union[TensorClass, str]] = ..., nbytes: _Optional[int] = ..., aliases: _Optional[_Iterable[str]] = ..., views: _Optional[_Iterable[_Union[View, _Mapping]]] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ...) -> None: ...
+
+class Sharding(_message.Message):
+    __slots__ = ("version", "pieces", "padding", "opaque")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
+    OPAQUE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    pieces: _containers.RepeatedCompositeFieldContainer[Piece]
+    padding: _containers.RepeatedCompositeFieldContainer[Padding]
+    opaque: str
+    def __init__(self, version: _Optional[int] = ..., pieces: _Optional[_Iterable[_Union[Piece, _Mapping]]] = ..., padding: _Optional[_Iterable[_Union[Padding, _Mapping]]] = ..., opaque: _Optional[str] = ...) -> None: ...
+
+class Piece(_message.Message):
+    __slots__ = ("part", "shape", "offset", "size", "at")
+    PART_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    part: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    offset: _containers.RepeatedScalarFieldContainer[int]
+    size: _containers.RepeatedScalarFieldContainer[int]
+    at: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, part: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., offset: _Optional[_Iterable[int]] = ..., size: _Optional[_Iterable[int]] = ..., at: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Padding(_message.Message):
+    __slots__ = ("offset", "size")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    offset: _containers.RepeatedScalarFieldContainer[int]
+    size: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, offset: _Optional[_Iterable[int]] = ..., size: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class View(_message.Message):
     __slots__ = ("name", "dtype", "shape", "stride", "offset")
@@ -154,20 +190,22 @@ class Names(_message.Message):
     def __init__(self, names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class OpenReadRequest(_message.Message):
-    __slots__ = ("shard_key", "incarnation", "content_id", "reader", "reader_host", "transports")
+    __slots__ = ("shard_key", "incarnation", "content_id", "reader", "reader_host", "transports", "layout_digest")
     SHARD_KEY_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     CONTENT_ID_FIELD_NUMBER: _ClassVar[int]
     READER_FIELD_NUMBER: _ClassVar[int]
     READER_HOST_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     shard_key: str
     incarnation: str
     content_id: str
     reader: str
     reader_host: str
     transports: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, shard_key: _Optional[str] = ..., incarnation: _Optional[str] = ..., content_id: _Optional[str] = ..., reader: _Optional[str] = ..., reader_host: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
+    layout_digest: str
+    def __init__(self, shard_key: _Optional[str] = ..., incarnation: _Optional[str] = ..., content_id: _Optional[str] = ..., reader: _Optional[str] = ..., reader_host: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., layout_digest: _Optional[str] = ...) -> None: ...
 
 class GrantPart(_message.Message):
     __slots__ = ("grant", "endpoint")
@@ -178,16 +216,18 @@ class GrantPart(_message.Message):
     def __init__(self, grant: _Optional[_Union[Grant, _Mapping]] = ..., endpoint: _Optional[bytes] = ...) -> None: ...
 
 class Grant(_message.Message):
-    __slots__ = ("lease", "generation", "ttl_s", "endpoints")
+    __slots__ = ("lease", "generation", "ttl_s", "endpoints", "rate")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     TTL_S_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
     lease: bytes
     generation: int
     ttl_s: float
     endpoints: _containers.RepeatedCompositeFieldContainer[EndpointHead]
-    def __init__(self, lease: _Optional[bytes] = ..., generation: _Optional[int] = ..., ttl_s: _Optional[float] = ..., endpoints: _Optional[_Iterable[_Union[EndpointHead, _Mapping]]] = ...) -> None: ...
+    rate: float
+    def __init__(self, lease: _Optional[bytes] = ..., generation: _Optional[int] = ..., ttl_s: _Optional[float] = ..., endpoints: _Optional[_Iterable[_Union[EndpointHead, _Mapping]]] = ..., rate: _Optional[float] = ...) -> None: ...
 
 class EndpointHead(_message.Message):
     __slots__ = ("transport", "nbytes")
@@ -216,16 +256,20 @@ class LeafRange(_message.Message):
     def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class ProgressUpdate(_message.Message):
-    __slots__ = ("version", "generation", "ranges", "complete")
+    __slots__ = ("version", "generation", "ranges", "complete", "rate", "digests")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     RANGES_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
     version: int
     generation: int
     ranges: _containers.RepeatedCompositeFieldContainer[LeafRange]
     complete: bool
-    def __init__(self, version: _Optional[int] = ..., generation: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[LeafRange, _Mapping]]] = ..., complete: bool = ...) -> None: ...
+    rate: float
+    digests: bytes
+    def __init__(self, version: _Optional[int] = ..., generation: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[LeafRange, _Mapping]]] = ..., complete: bool = ..., rate: _Optional[float] = ..., digests: _Optional[bytes] = ...) -> None: ...
 
 class CloseReadRequest(_message.Message):
     __slots__ = ("incarnation", "lease")

@@ -1,0 +1,1 @@
+"""A fan-out under a virtual clock: the scheduler and the selection that real loads use, without bytes or sockets."""

@@ -1,0 +1,91 @@
+"""What a simulation came to, against what the network allows at best."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+from weightwire.manifest.leaves import chunk_bytes
+from weightwire.simulate.swarm import Plan, Replica, Swarm
+
+MOST_EVENTS = 5_000_000
+EVENTS_PER_CHUNK = 2.3
+"""A chunk's turn at the uplink, its arrival, and what happens beside that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One simulation. Times count from a replica's own arrival and are of those that live and have full speed.
+
+    Attributes:
+        plan: what was simulated.
+        bound_s: no schedule could be quicker for all: see ``bound_s``.
+        median_s, p99_s, last_s: from arrival to READY.
+        ratio: ``last_s`` over ``bound_s``.
+        slow_s: of the last one with slow links; 0 where there is none.
+        unfinished: that did not become READY within a thousand times one copy.
+        egress: what the sources sent, in shards, all together.
+        duplicated: bytes that were asked for twice, in shards, all newcomers together.
+        events: that the simulation took.
+        ready: when each became READY, ascending, from the beginning.
+    """
+
+    plan: Plan
+    bound_s: float
+    median_s: float
+    p99_s: float
+    last_s: float
+    ratio: float
+    slow_s: float
+    unfinished: int
+    egress: float
+    duplicated: float
+    events: int
+    ready: tuple[float, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """Everything but when each became READY."""
+        plain = asdict(self)
+        del plain["ready"]
+        return plain
+
+
+def with_chunk(plan: Plan, most_events: int = MOST_EVENTS) -> Plan:
+    """``plan`` with the chunk of a real load, or a larger one that keeps the number of events in bounds."""
+    least = plan.nbytes * plan.replicas * EVENTS_PER_CHUNK / most_events
+    return replace(plan, chunk=max(chunk_bytes(plan.nbytes), int(least)))
+
+
+def simulate(plan: Plan) -> Outcome:
+    """Run one simulation; where ``plan.chunk`` is 0, ``with_chunk``."""
+    plan = plan if plan.chunk else with_chunk(plan)
+    swarm = Swarm(plan)
+    swarm.run()
+    newcomers = [each for each in swarm.replicas[plan.sources :] if each.alive]
+    took = sorted(_took(each) for each in newcomers if each.ready is not None and not each.slow)
+    bound, last = bound_s(plan), took[-1] if took else 0.0
+    return Outcome(
+        plan=plan,
+        bound_s=bound,
+        median_s=took[len(took) // 2] if took else 0.0,
+        p99_s=took[len(took) * 99 // 100] if took else 0.0,
+        last_s=last,
+        ratio=last / bound,
+        slow_s=max((_took(each) for each in newcomers if each.slow), default=0.0),
+        unfinished=sum(each.ready is None for each in newcomers),
+        egress=sum(each.host.up.served for each in swarm.sources) / plan.nbytes,
+        duplicated=sum(each.schedule.duplicated for each in swarm.replicas if each.schedule) / plan.nbytes,
+        events=swarm.world.events,
+        ready=tuple(sorted(each.ready for each in newcomers if each.ready is not None)),
+    )
+
+
+def bound_s(plan: Plan) -> float:
+    """One copy must pass a newcomer's link, leave the sources, and enter each rack over its link."""
+    narrowest = min(plan.rate, plan.sources * min(plan.cap or plan.rate, plan.rate))
+    if plan.racks > 1:
+        narrowest = min(narrowest, plan.rack_rate)
+    return plan.nbytes / narrowest
+
+
+def _took(replica: Replica) -> float:
+    return (replica.ready or 0.0) - replica.joined
