@@ -90,6 +90,18 @@ def test_h25_a_share_counts_only_while_its_peer_delivers() -> None:
     assert schedule.claim(B, FIRST_S + 0.1) is not None
 
 
+def test_h25_a_share_counts_no_longer_than_anything_came_for_and_two_seconds() -> None:
+    """A relay brought a single leaf, slowly: so many chunks as its silence is measured by would take it an age."""
+    schedule = schedule_of(3)
+    schedule.join(1, 0.0, 1, EVERYTHING)
+    schedule.join(1, 0.0, None, BACKUP)
+    only = schedule.claim(A, 0.0)
+    assert only is not None
+    schedule.arrived(only, 1.0)
+    assert schedule.claim(B, 1.0 + 1.0 + FIRST_S) is None
+    assert schedule.claim(B, 1.0 + 1.0 + FIRST_S + 0.1) is not None
+
+
 def test_a_complete_backup_is_tried_now_and_then_and_taken_where_it_is_much_faster() -> None:
     schedule = schedule_of(1000)
     schedule.join(1, 0.0, ALL, EVERYTHING)

@@ -96,6 +96,10 @@ class Node:
             ProtocolError: this process already publishes under that key.
         """
         with self._lock:
+            ended = self._publications.get(claim.shard_key)
+        if ended is not None and ended.over:
+            ended.withdraw(0.0)  # it found its bytes changed, and may be withdrawing itself still
+        with self._lock:
             if claim.shard_key in self._publications:
                 raise ProtocolError("this process already publishes this shard", "withdraw the other one first")
             publication = Publication(self, claim, self._ended.get(claim.shard_key, (1, 0)))

@@ -97,11 +97,17 @@ class Shares:
         return free if lead > peer.lead + usual else 0
 
     def _patience(self, peers: Sequence[Peer], now: float) -> float:
-        """By what has come since they joined: a relay brings what it has much faster than it gets it."""
+        """By what has come since they joined: a relay brings what it has much faster than it gets it.
+
+        Not longer than anything came for, and ``FIRST_S``: of little that came nothing can be told of how long to wait.
+        """
         speed = sum(
             min(each.moved / each.busy, each.total / max(now - each.joined, 1e-6)) for each in peers if each.moved
         )
-        return max(PATIENCE_S, PATIENCE_CHUNKS * self._chunk_bytes / speed) if speed else FIRST_S
+        if not speed:
+            return FIRST_S
+        came_for = max(each.brought for each in peers) - min(each.joined for each in peers)
+        return min(max(PATIENCE_S, PATIENCE_CHUNKS * self._chunk_bytes / speed), came_for + FIRST_S)
 
     def _pays(self, peer: Peer, free: int, speed: float, now: float) -> bool:
         """Whether a complete peer is asked beyond its share, where all others bring ``speed`` bytes a second."""
