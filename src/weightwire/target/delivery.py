@@ -66,9 +66,16 @@ class Peer:
         self.since = self.brought = now
 
     def speed(self, now: float) -> float:
-        """Bytes a second, falling while it owes something and is silent; 0 if it never delivered anything."""
-        silent = max(0.0, now - self.since) if self.flights else 0.0
-        return self.moved / (self.busy + silent) if self.moved else 0.0
+        """Bytes a second; 0 if it never delivered anything.
+
+        Falling while it is silent for longer than what it owes first should take it: before that silence says nothing.
+        """
+        if not self.moved:
+            return 0.0
+        if not self.flights:
+            return self.moved / self.busy
+        due = self.flights[0].span.nbytes * self.busy / self.moved
+        return self.moved / (self.busy + max(0.0, now - self.since - due))
 
     def left(self, ahead: int, now: float) -> float:
         """Seconds until the first ``ahead`` bytes that it owes should be there; one that is silent stays so a while."""
