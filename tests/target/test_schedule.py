@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from target.schedule_world import FENCE_S, MIB, NEVER, STALL_S, Kind, World, leaves_of
 
@@ -303,12 +303,30 @@ KINDS = st.builds(
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.lists(st.integers(1, MIB), min_size=1, max_size=40),
-    st.lists(KINDS, min_size=1, max_size=5),
-    st.integers(1, 4),
-    st.sampled_from([0, 2 * MIB, 32 * MIB]),
-    st.booleans(),
+    sizes=st.lists(st.integers(1, MIB), min_size=1, max_size=40),
+    kinds=st.lists(KINDS, min_size=1, max_size=5),
+    chunk=st.integers(1, 4),
+    bounce=st.sampled_from([0, 2 * MIB, 32 * MIB]),
+    sound=st.booleans(),
 )
+@example(
+    sizes=[1, 1],
+    kinds=[Kind(speed=MIB, share=BACKUP), Kind(speed=MIB, grows=((0.0, 1),))],
+    chunk=4,
+    bounce=0,
+    sound=False,
+).via("waited for ever")
+@example(
+    sizes=[1, 1, 1, 1, 1, 734004, 1, 262144, 209711],
+    kinds=[
+        Kind(speed=MIB / 4, lanes=1, depth=1, share=BACKUP),
+        Kind(speed=MIB, lanes=1, depth=1, freezes=1.0, grows=((0.0, 352),)),
+        Kind(speed=MIB, lanes=4, depth=1),
+    ],
+    chunk=1,
+    bounce=0,
+    sound=False,
+).via("fenced again and again")
 def test_h64_every_leaf_is_verified_once_whatever_the_peers_do(
     sizes: list[int], kinds: list[Kind], chunk: int, bounce: int, sound: bool
 ) -> None:
