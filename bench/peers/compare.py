@@ -7,7 +7,8 @@ Engine, a gloo broadcast, and loaders of files from a warm page cache. Part ``ni
 Part ``link``: verification on and off over 1 Gbit/s (network namespaces, a veth pair, ``tc tbf``; needs root).
 All of ours are whole ``receive`` calls into memory that was touched before. What others start with (an agent, an
 engine, a registration) is not counted, and neither is ours: ``seconds`` are those from the first connection to the
-last verified byte. Beside them stands our whole ``receive`` call. Ratios are medians of the ratios of each lap.
+last verified byte. Beside them stands our whole ``receive`` call. Ratios are medians of the ratios of each lap. Bare
+sockets and bare READs move the same memory between the same two processes as ours; others have processes of their own.
 
 Peers that are not installed are named with the reason. Where they are: ``--path`` (and below it, shared libraries).
 """
@@ -35,7 +36,7 @@ Lap = Callable[[], dict[str, Any]]
 TCP_REACH = {
     "NIXL, UCX_TLS=tcp": 3.0,
     "Mooncake, tcp": 2.3,
-    "bare sockets": 0.85,
+    "bare sockets, 2 streams": 0.85,
     "safetensors, 1 thread": 0.8,
 }
 NIXL_REACH = {"bare READ, default agents": 1.0, "bare READ, our settings": 0.85}
@@ -71,7 +72,19 @@ class Ways:
         self.first = target.ask(fresh=True) | {"publish_s": source.ready["publish_s"]}
         # never stopped: the metadata server lives in the source, and its leases would expire
         self.laps |= {"ours": target.ask, UNVERIFIED: lambda: target.ask(verify=False)}
-        self.source = source
+        self.source, self.target = source, target
+
+    def bare(self, name: str, way: str, **command: Any) -> None:
+        """The wire alone, between the memory of ``ours`` and in its processes."""
+
+        def lap() -> dict[str, Any]:
+            address = self.source.ask(bare=way)["address"]
+            try:
+                return self.target.ask(bare=way, address=address, **command)
+            finally:
+                self.source.ask()
+
+        self.laps[name] = lap
 
     def wires(self, name: str, way: str, source_way: str = "", environ: Mapping[str, str] | None = None) -> None:
         def make() -> Lap:
@@ -82,16 +95,6 @@ class Ways:
             return self._pair(source, target, {}, together=way == "gloo")
 
         self.add(name, make)
-
-    def sockets(self) -> None:
-        def make() -> Lap:
-            source = self.child("wires.py", "source", "sockets", self.nbytes, self.count)
-            target = self.child("wires.py", "target", "sockets", self.nbytes, self.count, source.ready["address"])
-            self._park(source, target)
-            self.add("bare sockets, 4 streams", lambda: self._pair(source, target, {"streams": 4}))
-            return self._pair(source, target, {"streams": 2})
-
-        self.add("bare sockets", make)
 
     def files(self, name: str, way: str, threads: int = 1) -> None:
         path = self.folder / f"{self.count}.safetensors"
@@ -205,7 +208,8 @@ def opened(nbytes: int, count: int, folder: Path) -> Iterator[Ways]:
 def tcp_part(nbytes: int, count: int, repeat: int, folder: Path, found: dict[str, Any]) -> None:
     with opened(nbytes, count, folder) as ways:
         ways.ours("tcp")
-        ways.sockets()
+        for streams in (2, 4):
+            ways.bare(f"bare sockets, {streams} streams", "sockets", streams=streams)
         ways.wires("NIXL, UCX_TLS=tcp", "nixl", environ={"UCX_TLS": "tcp"})
         ways.wires("Mooncake, tcp", "mooncake")
         ways.wires("gloo broadcast", "gloo")
@@ -221,8 +225,8 @@ def tcp_part(nbytes: int, count: int, repeat: int, folder: Path, found: dict[str
 def nixl_part(nbytes: int, count: int, repeat: int, folder: Path, found: dict[str, Any]) -> None:
     with opened(nbytes, count, folder) as ways:
         ways.ours("nixl")
-        ways.wires("bare READ, default agents", "nixl")
-        ways.wires("bare READ, our settings", "nixl-ours")
+        ways.bare("bare READ, default agents", "nixl")
+        ways.bare("bare READ, our settings", "nixl-ours")
         ways.run(repeat)
         record(found, ways, NIXL_REACH, "nixl", 0.15)
 

@@ -2,6 +2,9 @@
 
 python bench/peers/ours.py source TRANSPORTS NBYTES COUNT [HOST]
 python bench/peers/ours.py target TRANSPORT NBYTES COUNT URL
+
+The bare wires that ours is held against run here, too, between the same memory of the same two processes: on a virtual
+machine the same READ was half as fast again between two processes whose pages lay elsewhere.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ began_importing = time.time()
 import torch  # noqa: E402  (what importing takes is one of the rows)
 from process import Array, check, dirty, obey, tell, value_of  # noqa: E402
 from torch import nn  # noqa: E402
+from wires import SOURCES, TARGETS  # noqa: E402
 
 import weightwire  # noqa: E402
 from weightwire.auth import load_secret  # noqa: E402
@@ -111,7 +115,24 @@ def source(transports: str, nbytes: int, count: int, host: str = "127.0.0.1") ->
     took = time.monotonic() - began
     time.sleep(2 * WARM_S)
     tell(url=server.url, publish_s=took)
-    obey(lambda _: {"above_mib": round((memory_kib("VmHWM") - base) / 1024, 1), "readers": published.readers})
+    above, bare = 0, list[object]()
+
+    def act(command: Mapping[str, Any]) -> Mapping[str, object]:
+        """Open or close a bare wire, whose memory is not ours; or tell of ours."""
+        nonlocal above, base
+        above = max(above, memory_kib("VmHWM") - base)
+        if way := command.get("bare"):
+            base -= memory_kib("VmRSS")
+            address, serving = SOURCES[way](arrays(weights))
+            bare.append(serving)
+            return {"address": address}
+        if bare:
+            bare.clear()
+            base += memory_kib("VmRSS")
+            forget_peak()
+        return {"above_mib": round(above / 1024, 1), "readers": published.readers}
+
+    obey(act)
 
 
 def target(transport: str, nbytes: int, count: int, url: str) -> None:
@@ -123,6 +144,8 @@ def target(transport: str, nbytes: int, count: int, url: str) -> None:
 
     def act(command: Mapping[str, Any]) -> Mapping[str, object]:
         nonlocal weights
+        if way := command.get("bare"):
+            return TARGETS[way](arrays(weights), command["address"])(command)
         if command.get("fresh"):  # memory that was never touched
             weights = model(nbytes, count)
         else:

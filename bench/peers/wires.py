@@ -27,6 +27,8 @@ from process import Array, check, dirty, obey, reason, tell, touched
 
 BUFFERS = 1024
 HOST = "127.0.0.1"
+NUMBERS = itertools.count()
+"""An agent's name is never used twice."""
 Act = Callable[[Mapping[str, Any]], Mapping[str, object]]
 
 
@@ -119,7 +121,7 @@ def rows(parts: list[Array]) -> np.ndarray[Any, np.dtype[np.uint64]]:
 
 
 def nixl_source(parts: list[Array]) -> tuple[str, Act]:
-    kept = agent("bench-source", spins=True)
+    kept = agent(f"bench-source-{next(NUMBERS)}", spins=True)
     kept.register_memory(rows(parts), "DRAM")
     told = {
         "metadata": base64.b64encode(kept.get_agent_metadata()).decode(),
@@ -135,7 +137,7 @@ def ours_source(parts: list[Array]) -> tuple[str, Act]:
     from weightwire.manifest.address import Region
     from weightwire.transport.nixl.agent import Agent
 
-    kept = Agent("bench-ours", serves=True)
+    kept = Agent(f"bench-ours-{next(NUMBERS)}", serves=True)
     kept.register([Region(part.ctypes.data, part.nbytes, "cpu") for part in parts])
     told = {"metadata": base64.b64encode(kept.metadata()).decode(), "rows": rows(parts).tolist()}
     address = Path(tempfile.mkdtemp(prefix="bench-nixl-")) / "endpoint.json"
@@ -146,7 +148,6 @@ def ours_source(parts: list[Array]) -> tuple[str, Act]:
 def nixl_target(parts: list[Array], address: str, *, spins: bool) -> Act:
     told = json.loads(Path(address).read_text())
     metadata, remote = base64.b64decode(told["metadata"]), np.array(told["rows"], dtype=np.uint64)
-    names = itertools.count()
 
     def finish(reader: Any, handle: Any) -> None:
         state = reader.transfer(handle)
@@ -158,7 +159,7 @@ def nixl_target(parts: list[Array], address: str, *, spins: bool) -> Act:
     def act(_: Mapping[str, Any]) -> Mapping[str, object]:
         dirty(parts)
         began = time.perf_counter()
-        reader = agent(f"bench-{os.getpid()}-{next(names)}", spins=spins)
+        reader = agent(f"bench-{os.getpid()}-{next(NUMBERS)}", spins=spins)
         reader.register_memory(rows(parts), "DRAM")
         peer = reader.add_remote_agent(metadata)
         to, source = reader.get_xfer_descs(rows(parts), "DRAM"), reader.get_xfer_descs(remote, "DRAM")
