@@ -3,9 +3,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weightwire.manifest.address import AddressSpace, Columns, Segment
+from weightwire.manifest.address import AddressSpace, Segment
 from weightwire.transport.nixl import pieces
-from weightwire.transport.nixl.pieces import Run, cut
+from weightwire.transport.nixl.pieces import Joined, Run
 from weightwire.types import Span
 
 SIZES = st.lists(st.sampled_from([1, 2, 3, 1000, 5_000_000, pieces.MAX_BYTES, pieces.MAX_BYTES * 2 + 1]), min_size=1)
@@ -23,9 +23,9 @@ def memory(sizes: list[int], total: int, start: int, *, gaps: bool) -> AddressSp
     return AddressSpace(segments, (), None)
 
 
-def columns(segments: list[Segment]) -> Columns:
-    space = AddressSpace(segments, (), None)
-    return space.columns(space.span)
+def moves(local: list[Segment], remote: list[Segment]) -> list[pieces.Piece]:
+    joined = Joined(AddressSpace(local, (), None), AddressSpace(remote, (), None))
+    return list(joined.pieces(joined.span))
 
 
 @settings(deadline=None)
@@ -37,7 +37,7 @@ def test_every_byte_is_moved_once_from_its_place_to_its_place(
     local, remote = memory(ours, total, 1 << 20, gaps=gaps), memory(theirs, total, 1 << 50, gaps=gaps)
     span = Span(min(skip, total - 1), total - min(skip, total - 1))
     at = span.offset
-    for piece in cut(local.columns(span), remote.columns(span)):
+    for piece in Joined(local, remote).pieces(span):
         assert 0 < piece.nbytes <= (pieces.MAX_BYTES if piece.local == "cpu" else pieces.MAX_DEVICE_BYTES)
         assert len(piece.runs) <= pieces.MAX_RUNS
         for run in piece.runs:
@@ -52,22 +52,18 @@ def test_every_byte_is_moved_once_from_its_place_to_its_place(
 def test_runs_that_follow_each_other_on_both_sides_are_one() -> None:
     local = [Segment(at * 10, 1000 + at * 10, 10, "cpu") for at in range(5000)]
     remote = [Segment(0, 9000, 25_000, "cpu"), Segment(25_000, 90_000, 25_000, "cpu")]
-    assert [piece.runs for piece in cut(columns(local), columns(remote))] == [
-        [Run(1000, 9000, 25_000), Run(26_000, 90_000, 25_000)]
-    ]
+    assert [piece.runs for piece in moves(local, remote)] == [[Run(1000, 9000, 25_000), Run(26_000, 90_000, 25_000)]]
 
 
 def test_allocations_that_touch_on_both_sides_stay_apart_on_a_device() -> None:
     local = [Segment(at * 10, 1000 + at * 10, 10, "cuda:0") for at in range(3)]
     remote = [Segment(at * 10, 9000 + at * 10, 10, "cuda:0") for at in range(3)]
-    assert [piece.runs for piece in cut(columns(local), columns(remote))] == [
-        [Run(1000 + n, 9000 + n, 10) for n in (0, 10, 20)]
-    ]
+    assert [piece.runs for piece in moves(local, remote)] == [[Run(1000 + n, 9000 + n, 10) for n in (0, 10, 20)]]
 
 
 def test_many_small_runs_are_cut_by_their_number() -> None:
     local = [Segment(at, 1000 + at * 2, 1, "cpu") for at in range(5000)]
-    found = list(cut(columns(local), columns([Segment(0, 9000, 5000, "cpu")])))
+    found = moves(local, [Segment(0, 9000, 5000, "cpu")])
     assert [len(piece.runs) for piece in found] == [2048, 2048, 904]
 
 

@@ -109,7 +109,7 @@ class AddressSpace:
         """
         if span.nbytes == 0:
             return self._columns.part(0, 0)
-        self._check(span)
+        self.check(span)
         first = bisect.bisect_right(self._offsets, span.offset) - 1
         part = self._columns.part(first, bisect.bisect_left(self._offsets, span.end, first))
         before = span.offset - part.offsets[0]
@@ -127,7 +127,8 @@ class AddressSpace:
         table = np.array(rows, dtype=np.int64).reshape(-1, 4)
         return Columns(table[:, 0], table[:, 1], table[:, 2], table[:, 3], devices)
 
-    def _check(self, span: Span) -> None:
+    def check(self, span: Span) -> None:
+        """Raise ``IndexError`` if ``span`` is not inside this space."""
         if span.nbytes < 0 or span.offset < self.span.offset or span.end > self.span.end:
             raise IndexError(f"bytes {span.offset}..{span.end} are outside {self.span.offset}..{self.span.end}")
 
@@ -139,7 +140,7 @@ class AddressSpace:
         """
         if span.nbytes == 0:
             return []
-        self._check(span)
+        self.check(span)
         found = []
         at = bisect.bisect_right(self._offsets, span.offset) - 1
         while at < len(self.segments) and self.segments[at].offset < span.end:

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from weightwire.errors import FenceTimeout, PeerLost, PeerStalled, ProtocolError, TransferError, WeightwireError
-from weightwire.manifest.address import AddressSpace, Columns, Region, Segment
+from weightwire.manifest.address import AddressSpace, Region, Segment
 from weightwire.transport.base import Registration
 from weightwire.transport.nixl.agent import Agent
 from weightwire.transport.nixl.bounded import Bounded
 from weightwire.transport.nixl.endpoint import Endpoint
 from weightwire.transport.nixl.lanes import Way, tcp_is_asked_for
-from weightwire.transport.nixl.pieces import Piece, cut
+from weightwire.transport.nixl.pieces import Joined, Piece
 from weightwire.transport.nixl.places import Places
 from weightwire.transport.nixl.registration import NixlRegistration
 from weightwire.types import Span
@@ -85,7 +85,7 @@ class NixlConnection:
         self._require_rdma = require_rdma
         self._lock = threading.Lock()
         self._over = ""
-        self._registered: dict[int, Registration] = {}
+        self._registered: dict[int, tuple[Registration, Joined]] = {}
         self._places = Places()
         self._reads: deque[NixlRead] = deque()
         self._posted: deque[tuple[int, NixlRead]] = deque()
@@ -127,9 +127,8 @@ class NixlConnection:
         if first is None:
             return
         size = min(first.nbytes, PROBE_BYTES)
-        probe = NixlRead(
-            self, cut(_whole(Segment(0, scratch.address, size, "cpu")), _whole(_head(first, size))), probe=True
-        )
+        near, far = Segment(0, scratch.address, size, "cpu"), Segment(0, first.address, size, first.device)
+        probe = NixlRead(self, Joined(_space(near), _space(far)).pieces(Span(0, size)), probe=True)
         self._start(probe)
         probe.wait(deadline)
 
@@ -139,14 +138,7 @@ class NixlConnection:
         Raises:
             TransferError: ``into`` cannot be registered, or the way is TCP (see ``open``).
         """
-        local = into.memory.columns(span)
-        remote = self._remote(span)
-        with self._lock:
-            self._check_open()
-            if id(into) not in self._registered:  # by object: it stays alive here, so its id stays its own
-                self._agent.register(self._places.add(_regions(into)))
-                self._registered[id(into)] = into
-        read = NixlRead(self, cut(local, remote))
+        read = NixlRead(self, self._joined(into, span).pieces(span))
         self._start(read)
         return read
 
@@ -166,7 +158,7 @@ class NixlConnection:
 
     def uses(self, registration: Registration) -> bool:
         """Whether ``registration`` is still registered with the agent."""
-        return self._registered.get(id(registration)) is registration
+        return self._registered.get(id(registration), (None,))[0] is registration
 
     def fence(self, deadline: float) -> None:
         """See the contract: destroys the receive agent, in a thread of its own."""
@@ -178,13 +170,20 @@ class NixlConnection:
             ),
         )
 
-    def _remote(self, span: Span) -> Columns:
+    def _joined(self, into: Registration, span: Span) -> Joined:
+        into.memory.check(span)
         try:
-            return self._peer.memory.columns(span)
+            self._peer.memory.check(span)
         except IndexError as error:
             raise ProtocolError(
                 "the span is outside what the source holds", "ask for what the manifest says"
             ) from error
+        with self._lock:
+            self._check_open()
+            if id(into) not in self._registered:  # by object: it stays alive here, so its id stays its own
+                self._agent.register(self._places.add(_regions(into)))
+                self._registered[id(into)] = into, Joined(into.memory, self._peer.memory)
+            return self._registered[id(into)][1]
 
     def _start(self, read: NixlRead) -> None:
         with self._lock:
@@ -279,9 +278,5 @@ def _regions(into: Registration) -> Sequence[Region]:
     return into.regions if isinstance(into, NixlRegistration) else into.memory.regions
 
 
-def _head(segment: Segment, nbytes: int) -> Segment:
-    return Segment(0, segment.address, nbytes, segment.device)
-
-
-def _whole(segment: Segment) -> Columns:
-    return AddressSpace([segment], (), None).columns(Span(0, segment.nbytes))
+def _space(segment: Segment) -> AddressSpace:
+    return AddressSpace([segment], (), None)

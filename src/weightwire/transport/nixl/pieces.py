@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from weightwire.manifest.address import Columns, Numbers
+from weightwire.manifest.address import AddressSpace, Columns, Numbers
+from weightwire.types import Span
 
 MAX_BYTES = 32 * 1024 * 1024
 """Of one transfer: over cross-memory attach a transfer blocks until done, and a fence waits for it."""
@@ -68,18 +70,60 @@ class Piece:
         return Piece(self.local, self.remote, head, nbytes), Piece(self.local, self.remote, rest, self.nbytes - nbytes)
 
 
-def cut(local: Columns, remote: Columns) -> Iterator[Piece]:
-    """Pieces that move the bytes of ``remote`` to ``local``; both hold the same logical bytes."""
-    if not len(local.offsets):
-        return
-    end = local.offsets[-1] + local.sizes[-1]
-    begins = np.union1d(local.offsets, remote.offsets)
-    ours, theirs = _at(local, begins), _at(remote, begins)
-    rows = np.column_stack((_addresses(local, ours, begins), _addresses(remote, theirs, begins), _sizes(begins, end)))
-    pairs = local.homes[ours] * len(remote.devices) + remote.homes[theirs]
-    for same in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(pairs)) + 1):
-        to, source = divmod(int(pairs[same[0]]), len(remote.devices))
-        yield from _pieces(local.devices[to], remote.devices[source], rows[same[0] : same[-1] + 1])
+class Joined:
+    """Two places of the same logical bytes side by side: made once, for all reads between them.
+
+    Args:
+        local: our memory.
+        remote: theirs. What only one of both has cannot be read.
+    """
+
+    def __init__(self, local: AddressSpace, remote: AddressSpace) -> None:
+        begin = max(local.span.offset, remote.span.offset)
+        self.span = Span(begin, max(0, min(local.span.end, remote.span.end) - begin))
+        ours, theirs = local.columns(self.span), remote.columns(self.span)
+        self._names = list(itertools.product(ours.devices, theirs.devices))
+        begins = np.union1d(ours.offsets, theirs.offsets)
+        here, there = _at(ours, begins), _at(theirs, begins)
+        sizes = np.diff(begins, append=self.span.end)
+        rows = np.column_stack((_addresses(ours, here, begins), _addresses(theirs, there, begins), sizes))
+        ways = ours.homes[here] * len(theirs.devices) + theirs.homes[there]
+        starts = self._starts(rows, ways)
+        self._begins, self._ways = begins[starts], ways[starts]
+        self._rows = np.column_stack((rows[starts, :2], np.diff(begins[starts], append=self.span.end)))
+
+    def pieces(self, span: Span) -> Iterator[Piece]:
+        """What moves the bytes of ``span`` to their places.
+
+        Raises:
+            IndexError: ``span`` is not inside both.
+        """
+        if span.offset < self.span.offset or span.end > self.span.end:
+            raise IndexError(f"bytes {span.offset}..{span.end} are outside {self.span.offset}..{self.span.end}")
+        if not span.nbytes:
+            return iter(())
+        first = int(np.searchsorted(self._begins, span.offset, "right")) - 1
+        last = int(np.searchsorted(self._begins, span.end, "left"))
+        rows, ways = self._rows[first:last].copy(), self._ways[first:last]
+        rows[-1, 2] -= self._begins[last - 1] + self._rows[last - 1, 2] - span.end
+        rows[0] += np.array((1, 1, -1)) * (span.offset - self._begins[first])
+        return self._of_ways(rows, ways)
+
+    def _of_ways(self, rows: Rows, ways: Numbers) -> Iterator[Piece]:
+        ends = [*(np.flatnonzero(np.diff(ways)) + 1).tolist(), len(rows)]
+        for begin, end in itertools.pairwise([0, *ends]):
+            local, remote = self._names[ways[begin]]
+            yield from _pieces(local, remote, rows[begin:end])
+
+    def _starts(self, rows: Rows, ways: Numbers) -> npt.NDArray[np.intp]:
+        """Rows that follow each other on both sides are one: here, those that do not follow the one before.
+
+        Not where a device is involved: what follows may be another allocation, which has another key.
+        """
+        host = np.array([names == ("cpu", "cpu") for names in self._names], dtype=bool)
+        follows = (rows[:-1, :2] + rows[:-1, 2:] == rows[1:, :2]).all(axis=1)
+        follows &= (ways[:-1] == ways[1:]) & host[ways[1:]]
+        return np.flatnonzero(np.append(True, ~follows))[: len(rows)]
 
 
 def _at(columns: Columns, begins: Numbers) -> npt.NDArray[np.intp]:
@@ -90,30 +134,19 @@ def _addresses(columns: Columns, at: npt.NDArray[np.intp], begins: Numbers) -> N
     return columns.addresses[at] + begins - columns.offsets[at]
 
 
-def _sizes(begins: Numbers, end: int) -> Numbers:
-    return np.diff(begins, append=end)
-
-
 def _pieces(local: str, remote: str, rows: Rows) -> Iterator[Piece]:
-    rows = _one_run_each(rows) if local == remote == "cpu" else rows
     most = MAX_BYTES if local == "cpu" else MAX_DEVICE_BYTES
+    total = int(rows[:, 2].sum())
+    if total <= most and len(rows) <= MAX_RUNS:
+        yield Piece(local, remote, rows, total)
+        return
     ends = np.cumsum(rows[:, 2])
-    begin, total = 0, int(ends[-1])
+    begin = 0
     while begin < total:
         first = int(np.searchsorted(ends, begin, "right"))
         until = min(begin + most, int(ends[min(first + MAX_RUNS, len(ends)) - 1]))
         yield Piece(local, remote, _part(rows, ends, begin, until), until - begin)
         begin = until
-
-
-def _one_run_each(rows: Rows) -> Rows:
-    """Rows that follow each other on both sides are one.
-
-    Not where a device is involved: what follows may be another allocation, which has another key.
-    """
-    follows = (rows[:-1, :2] + rows[:-1, 2:] == rows[1:, :2]).all(axis=1)
-    starts = np.flatnonzero(np.append(True, ~follows))
-    return np.column_stack((rows[starts, :2], np.add.reduceat(rows[:, 2], starts)))
 
 
 def _part(rows: Rows, ends: Numbers, begin: int, until: int) -> Rows:
