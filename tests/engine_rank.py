@@ -298,7 +298,7 @@ class Watched(native.Rank):
         """Publish again, with a catalogue taken now."""
         target = self.target
         target.hooks.withdraw()
-        target.publication = None
+        target.announced.publication = None
         target.hooks._group = self.group.at("republish")
         target.hooks._publish(Stage(self.options.publish_stage), target.model)
         emit("republished", **vars(target.hooks.report))

@@ -8,6 +8,9 @@
     with weightwire.relay(module, identity, url="host:port"):
         ...what was received is served, too, from its first bytes on...
 
+    with weightwire.relay(module, identity, url="host:port", disk=read):
+        ...where nobody serves it, ``read`` fills it, and others follow; of programs that start together, one reads...
+
 Importing this package imports nothing heavy: names are loaded when they are first used.
 """
 
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
     from weightwire.config import Settings
     from weightwire.errors import FenceTimeout, WeightwireError
     from weightwire.identity.identity import Identity, module_identity
-    from weightwire.loaders.module import Published, publish, ranks, receive, relay
+    from weightwire.loaders.filling import Filling
+    from weightwire.loaders.module import filling, publish, ranks, receive, relay
+    from weightwire.loaders.published import Published
     from weightwire.manifest.construction import capture
     from weightwire.target.report import LoadReport
     from weightwire.types import Coordinates, Role, Stage
@@ -30,14 +35,16 @@ __version__ = "0.1.0"
 _HOMES = {
     "Coordinates": "weightwire.types",
     "FenceTimeout": "weightwire.errors",
+    "Filling": "weightwire.loaders.filling",
     "Identity": "weightwire.identity.identity",
     "LoadReport": "weightwire.target.report",
-    "Published": "weightwire.loaders.module",
+    "Published": "weightwire.loaders.published",
     "Role": "weightwire.types",
     "Settings": "weightwire.config",
     "Stage": "weightwire.types",
     "WeightwireError": "weightwire.errors",
     "capture": "weightwire.manifest.construction",
+    "filling": "weightwire.loaders.module",
     "module_identity": "weightwire.identity.identity",
     "publish": "weightwire.loaders.module",
     "ranks": "weightwire.loaders.module",
@@ -48,6 +55,7 @@ _HOMES = {
 __all__ = [
     "Coordinates",
     "FenceTimeout",
+    "Filling",
     "Identity",
     "LoadReport",
     "Published",
@@ -56,6 +64,7 @@ __all__ = [
     "Stage",
     "WeightwireError",
     "capture",
+    "filling",
     "module_identity",
     "publish",
     "ranks",

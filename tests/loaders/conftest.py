@@ -52,6 +52,7 @@ class Child:
             "WEIGHTWIRE_SECRET_FILE": str(secret_file),
             "WEIGHTWIRE_TRANSPORTS": transports,
             "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path]),
+            "WEIGHTWIRE_STALL_TIMEOUT": "30",
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, str(HERE / script), *arguments]
@@ -62,6 +63,10 @@ class Child:
     def line(self) -> list[str]:
         assert self.process.stdout is not None
         return self.process.stdout.readline().split()
+
+    def tell(self, word: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{word}\n")
 
     def finish(self) -> int:
         assert self.process.stdin is not None

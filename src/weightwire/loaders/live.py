@@ -6,7 +6,6 @@ rung is a ``Step`` in the report, and all ranks are on the same one, because eac
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,19 +15,17 @@ from torch import nn
 
 from weightwire.config import OnMiss
 from weightwire.errors import CheckpointError, FenceTimeout, LoadError, NoSourceError, WeightwireError
+from weightwire.loaders.ladder import disk_read, step_down
 from weightwire.manifest import state as declared
 from weightwire.manifest.catalogue import ConstructionNames, catalogue
 from weightwire.manifest.records import Manifest
 from weightwire.manifest.tree import module_paths
-from weightwire.observability.metrics import process_metrics
 from weightwire.runtime import post_load
 from weightwire.runtime.checkpoint.protocol import CheckpointLoader, Injected, LoadRequest, Weights
 from weightwire.runtime.config import BuildFacts, ModelConfig
 from weightwire.target.receiver import Receiver
 from weightwire.target.report import LoadReport, Step
 from weightwire.types import Stage
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -133,19 +130,10 @@ class LiveCheckpointLoader:
             raise LoadError(
                 f"no peer ({self._missed.problem}) and no disk ({error.problem})", self._missed.remedy or error.remedy
             ) from error
-        self.report.source, self.report.stage = "disk", ""
-        process_metrics().load("disk")
-        seconds = time.monotonic() - began
-        self.report.steps.append(Step(way="disk", who=where, outcome="ok", seconds=seconds))
-        if self._missed is not None:
-            process_metrics().slow_path("peer", "disk")
+        disk_read(self.report, where, time.monotonic() - began, missed=self._missed is not None)
         return weights
 
     def _miss(self, error: WeightwireError) -> None:
         """A step down: take note, or end it where the disk is not to be read."""
         self._missed = error
-        if not self.report.steps or self.report.steps[-1].outcome != "failed":
-            self.report.steps.append(Step(way="peer", who="", outcome="failed", reason=error.problem))
-        if self.on_miss is OnMiss.FAIL:
-            raise LoadError(f"no peer ({error.problem}), and on_miss is fail", error.remedy) from error
-        log.warning("no peer: %s; reading the disk instead", error)
+        step_down(self.report, error, self.on_miss)

@@ -1,91 +1,36 @@
-"""The library's verbs for any ``nn.Module``: ``publish``, ``receive``, and both at once: ``relay``."""
+"""The library's verbs for any ``nn.Module``: ``publish``, ``filling``, ``receive``, and all at once: ``relay``."""
 
 from __future__ import annotations
 
 import logging
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 
 from weightwire.config import Settings
-from weightwire.errors import ConfigError, WeightwireError
+from weightwire.errors import ConfigError, FenceTimeout, WeightwireError
 from weightwire.identity.identity import Identity
+from weightwire.loaders.announced import Announced
+from weightwire.loaders.filling import Filling, LocalShard
+from weightwire.loaders.ladder import disk_read, step_down
 from weightwire.loaders.member import Member
+from weightwire.loaders.published import Published
 from weightwire.loaders.relay import PublicationRelay
 from weightwire.manifest.catalogue import Catalogue, ConstructionNames, catalogue
 from weightwire.metadata.decision import DEFAULT_VOTE_S, DecisionStore, Group, TorchDecisions
 from weightwire.observability.progress import Progress, silent
-from weightwire.source.described import Claim
 from weightwire.source.publication import Publication
-from weightwire.source.publish import PublishReport, publish_shard
-from weightwire.source.snapshot import Snapshot
 from weightwire.target.discover import give_up
 from weightwire.target.offer import Want
 from weightwire.target.receiver import Receiver
 from weightwire.target.report import LoadReport
-from weightwire.types import Coordinates, Stage
+from weightwire.types import Coordinates
 
 log = logging.getLogger(__name__)
-
-
-class Published:
-    """A module that others can load from, until the ``with`` block ends or ``withdraw`` is called.
-
-    Attributes:
-        report: what was published.
-        received: how the module got its weights, where ``relay`` filled it.
-    """
-
-    def __init__(
-        self,
-        member: Member,
-        publication: Publication,
-        report: PublishReport,
-        module: nn.Module,
-        received: LoadReport | None = None,
-    ) -> None:
-        self.report = report
-        self.received = received
-        self._member = member
-        self._publication = publication
-        self._module = module
-
-    @property
-    def readers(self) -> int:
-        """Read leases that are open now."""
-        return len(self._publication.leases)
-
-    def pause(self) -> None:
-        """Return once nobody reads and nobody can; the bytes may change until ``resume``."""
-        self._publication.pause()
-
-    def resume(self) -> None:
-        """Offer the same bytes again. For bytes that changed, withdraw and publish anew."""
-        self._publication.resume()
-
-    def transforms(self) -> Snapshot:
-        """Copy-on-transform: readers keep the published bytes while the module goes on to change itself.
-
-        Enter ``.guard(submodule)`` around each submodule's transform.
-        """
-        return self._publication.guard(self._module)
-
-    def withdraw(self) -> None:
-        """End it; returns when the bytes may change or be freed. Idempotent."""
-        self._publication.withdraw()
-        self._member.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.withdraw()
 
 
 def publish(  # noqa: PLR0913  (keyword-only, each with a default that is right for one rank)
@@ -125,29 +70,63 @@ def publish(  # noqa: PLR0913  (keyword-only, each with a default that is right 
         PublishError: another rank cannot publish, or no transport can serve this memory.
         ConfigError: no metadata server is named, or settings contradict each other.
     """
-    where, ranks_ = _alone(identity, coordinates, group)
-    try:
-        described = catalogue(module, names, classes=classes)
-        member = Member(_settings(settings, url))
-    except WeightwireError as error:
-        ranks_.refuse(f"publish/{identity.stage.value}", error.problem)
-        raise
-    try:
-        life = ranks_.once("replica", uuid.uuid4().hex)
-        claim = Claim(
-            identity=identity,
-            coordinates=where,
-            world_size=ranks_.size,
-            replica_incarnation=str(life),
-            ordinal=ordinal,
-        )
-        publication = member.node.announce(claim)
-        manifest = received.manifest if received else None
-        report = publish_shard(publication, described, ranks_, manifest=manifest, progress=progress)
-    except BaseException:
-        member.close()
-        raise
-    return Published(member, publication, report, module)
+    shard = _shard(module, identity, coordinates, group, names, classes, progress)
+    with _offering(shard, identity, ordinal, settings, url) as (member, publication, described):
+        return shard.publish(member, publication, described, received.manifest if received else None)
+
+
+@contextmanager
+def filling(  # noqa: PLR0913  (as publish)
+    module: nn.Module,
+    identity: Identity,
+    *,
+    url: str | None = None,
+    coordinates: Coordinates | None = None,
+    group: Group | None = None,
+    names: ConstructionNames | None = None,
+    classes: Mapping[str, str] | None = None,
+    ordinal: int = 0,
+    settings: Settings | None = None,
+    progress: Progress = silent,
+) -> Iterator[Filling]:
+    """``publish`` for a module that the ``with`` block fills from this program's own disk: others follow it meanwhile.
+
+        with weightwire.filling(module, identity, url=url) as disk:
+            for name, tensor in checkpoint:
+                module.get_parameter(name).copy_(tensor)
+                disk.final([name])
+        with disk.published:
+            ...serve...
+
+    From the beginning of the block on, others find the module, and ``relay`` and ``receive`` take what is final of it.
+    At its end the module is published. Where the block raises, all is withdrawn, and followers get an error.
+
+    The block must fill the tensors in place. Where they cannot be followed (they are a device's, or no transport serves
+    them), others wait until all of it is published at the end.
+
+    Args:
+        module: materialised; what its tensors hold does not matter.
+        identity: as for ``publish``.
+        url: as for ``publish``.
+        coordinates: as for ``publish``.
+        group: the ranks, for several ranks; all of them call ``filling``, and all publish or all raise.
+        names: as for ``publish``.
+        classes: as for ``publish``.
+        ordinal: as for ``publish``.
+        settings: as for ``publish``.
+        progress: as for ``publish``; ``read checkpoint`` tells how much is final.
+
+    Raises:
+        WeightwireError: as ``publish``.
+        PublishError: at the end of the block: a tensor was written after it was final, which is named, or was replaced.
+            Nothing is published then, and who followed gets an error.
+    """
+    shard = _shard(module, identity, coordinates, group, names, classes, progress)
+    with (
+        _offering(shard, identity, ordinal, settings, url) as (member, publication, described),
+        shard.filling(member, publication, described) as disk,
+    ):
+        yield disk
 
 
 def receive(  # noqa: PLR0913  (as publish)
@@ -204,6 +183,7 @@ def relay(  # noqa: PLR0913  (as publish)
     module: nn.Module,
     identity: Identity | Sequence[Identity],
     *,
+    disk: Callable[[Filling], None] | None = None,
     url: str | None = None,
     coordinates: Coordinates | None = None,
     group: Group | None = None,
@@ -212,6 +192,7 @@ def relay(  # noqa: PLR0913  (as publish)
     weights_id: str = "",
     latest: bool = False,
     has_fallback: bool = False,
+    ordinal: int = 0,
     settings: Settings | None = None,
     progress: Progress = silent,
 ) -> Published:
@@ -220,9 +201,15 @@ def relay(  # noqa: PLR0913  (as publish)
     Replicas that start together this way take little more than one shard from their source. As for ``publish``, the
     module must not change its weights until it is paused or withdrawn; ``received`` tells how it was filled.
 
+    With ``disk`` they need no source: each is announced before it asks, so that of those that start together the first
+    reads its disk and the others follow it. Where no peer delivers, ``disk`` is called to fill the module, as the block
+    of ``filling`` does, unless the settings say that a miss is an error.
+
     Args:
         module: as for ``receive``.
-        identity: as for ``receive``.
+        identity: as for ``receive``; what ``disk`` reads is of the first.
+        disk: fills the module from this program's own disk, and says what is final of it: ``disk(filling)`` calls
+            ``filling.final(names)``.
         url: as for ``receive``.
         coordinates: as for ``receive``.
         group: as for ``receive``.
@@ -230,44 +217,30 @@ def relay(  # noqa: PLR0913  (as publish)
         classes: as for ``receive``.
         weights_id: as for ``receive``.
         latest: as for ``receive``.
-        has_fallback: as for ``receive``.
+        has_fallback: as for ``receive``; with ``disk`` there always is one.
+        ordinal: of what ``disk`` reads; see ``publish``.
         settings: as for ``receive``.
         progress: as for ``receive``.
 
     Raises:
-        WeightwireError: as ``receive``, and as ``publish``; nothing is offered then.
+        WeightwireError: as ``receive``, and as ``publish``; with ``disk``, as ``filling``. Nothing is offered then.
+        LoadError: no peer delivered, and ``disk`` may not be called (``on_miss``).
+        Exception: whatever ``disk`` raised; nothing is offered then.
     """
     wanted = [identity] if isinstance(identity, Identity) else list(identity)
-    where, ranks_ = _alone(wanted[0], coordinates, group)
-    member = _member(settings, url, ranks_, serves=True)
-    want = _want(wanted, where, member.settings)
-    want = replace(want, pinned=weights_id, latest=latest, has_disk=has_fallback)
-    announced: list[Publication] = []
-
-    def announce(stage: Stage) -> Publication:
-        claim = Claim(
-            identity=want.stages[stage],
-            coordinates=where,
-            world_size=ranks_.size,
-            replica_incarnation=str(ranks_.once("replica", uuid.uuid4().hex)),
-        )
-        announced.append(member.node.announce(claim))
-        return announced[-1]
-
+    shard = _shard(module, wanted[0], coordinates, group, names, classes, progress)
+    member = _member(settings, url, shard.group, serves=True)
+    want = _want(wanted, shard.coordinates, member.settings)
+    want = replace(want, pinned=weights_id, latest=latest, has_disk=has_fallback or disk is not None)
     try:
-        passing_on = PublicationRelay(lambda offer: announce(offer.choice.stage))
-        receiver = Receiver(
-            reader=member.reader, want=want, group=ranks_.at("receive"), progress=progress, relay=passing_on
-        )
-        described = _fill(receiver, lambda: catalogue(module, names, classes=classes))
-        if announced[-1].over and not passing_on.broken:  # derived tensors came from another peer after all
-            again = announce(announced[-1].claim.identity.stage)
-            again.learn(receiver.header.build_facts, receiver.header.ordinal)
-        report = publish_shard(announced[-1], described, ranks_, manifest=receiver.manifest, progress=progress)
+        announced = shard.announced(member, want.stages, ordinal)
+        if disk is not None:  # before it asks: of those that start together the first one reads
+            claim = announced.anew(want.identity.stage).claim
+            want = replace(want, replica_incarnation=claim.replica_incarnation)
+        return _relayed(shard, member, want, announced, disk)
     except BaseException:
         member.close()
         raise
-    return Published(member, announced[-1], report, module, receiver.report)
 
 
 def ranks(store: Any, rank: int, size: int, epoch: str = "0", vote_s: float = DEFAULT_VOTE_S) -> Group:
@@ -283,6 +256,96 @@ def ranks(store: Any, rank: int, size: int, epoch: str = "0", vote_s: float = DE
     """
     decisions: DecisionStore = store if hasattr(store, "record") else TorchDecisions(store)
     return Group(decisions, rank, size, epoch, vote_s)
+
+
+def _shard(
+    module: nn.Module,
+    identity: Identity,
+    coordinates: Coordinates | None,
+    group: Group | None,
+    names: ConstructionNames | None,
+    classes: Mapping[str, str] | None,
+    progress: Progress,
+) -> LocalShard:
+    where, ranks_ = _alone(identity, coordinates, group)
+    return LocalShard(
+        module=module,
+        describe=lambda: catalogue(module, names, classes=classes),
+        coordinates=where,
+        group=ranks_,
+        progress=progress,
+    )
+
+
+@contextmanager
+def _offering(
+    shard: LocalShard, identity: Identity, ordinal: int, settings: Settings | None, url: str | None
+) -> Iterator[tuple[Member, Publication, Catalogue]]:
+    """What the block is going to publish, announced; nothing of it stays where the block raises."""
+    try:
+        described = shard.describe()
+        member = Member(_settings(settings, url))
+    except WeightwireError as error:
+        shard.group.refuse(f"publish/{identity.stage.value}", error.problem)
+        raise
+    try:
+        announced = shard.announced(member, {identity.stage: identity}, ordinal)
+        yield member, announced.anew(identity.stage), described
+    except BaseException:
+        member.close()
+        raise
+
+
+def _relayed(
+    shard: LocalShard,
+    member: Member,
+    want: Want,
+    announced: Announced,
+    disk: Callable[[Filling], None] | None,
+) -> Published:
+    """The shard as it was received and passed on, or as ``disk`` filled it."""
+
+    def again() -> None:
+        if disk is not None:  # it will be read: others may wait for that
+            announced.anew(want.identity.stage)
+
+    passing_on = PublicationRelay(lambda offer: announced.of(offer.choice.stage), again)
+    receiver = Receiver(
+        reader=member.reader, want=want, group=shard.group.at("receive"), progress=shard.progress, relay=passing_on
+    )
+    try:
+        described = _fill(receiver, shard.describe)
+    except FenceTimeout:  # a peer may still write into this memory
+        raise
+    except WeightwireError as error:
+        if disk is None:
+            raise
+        step_down(receiver.report, error, member.settings.on_miss)
+        return _read(shard, member, announced.of(want.identity.stage), receiver.report, disk)
+    publication = announced.publication
+    assert publication is not None
+    if publication.over and not passing_on.broken:  # derived tensors came from another peer after all
+        publication = announced.anew(publication.claim.identity.stage)
+        publication.learn(receiver.header.build_facts, receiver.header.ordinal)
+    return shard.publish(member, publication, described, receiver.manifest, receiver.report)
+
+
+def _read(
+    shard: LocalShard,
+    member: Member,
+    publication: Publication,
+    report: LoadReport,
+    disk: Callable[[Filling], None],
+) -> Published:
+    """The shard as ``disk`` fills it; ``report`` is of the load that found no peer, and goes on."""
+    began = time.monotonic()
+    with shard.filling(member, publication, shard.describe()) as filling:
+        disk(filling)
+        disk_read(report, "", time.monotonic() - began, missed=True)
+    published = filling.published
+    published.received = report
+    report.content_id, report.weights_id = published.report.content_id, published.report.weights_id
+    return published
 
 
 def _member(settings: Settings | None, url: str | None, ranks_: Group, *, serves: bool) -> Member:

@@ -32,7 +32,7 @@ JOIN_S = 60.0
 Offer = Callable[[AddressSpace, Provisional, Availability], None]
 """Given memory, digests as they become known, and the leaves that may be read: lets others read those."""
 
-_AGAIN = "a module that writes a parameter twice has to declare it (written_again)"
+_AGAIN = "say that it is final after its last write, also under its other names; layers declare written_again"
 
 
 def offered_by(publication: Publication) -> Offer:

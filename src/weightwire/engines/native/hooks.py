@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
-from weightwire.errors import PublishError, WeightwireError
+from weightwire.errors import PublishError
+from weightwire.loaders.reading import Reading
 from weightwire.manifest.catalogue import Catalogue, ConstructionNames, capture, catalogue
 from weightwire.manifest.records import Manifest
 from weightwire.metadata.decision import Group, Vote
@@ -17,7 +18,6 @@ from weightwire.runtime.checkpoint.protocol import Final
 from weightwire.runtime.layers.method import MethodLayer
 from weightwire.runtime.models.decoder import DecoderForCausalLM
 from weightwire.source.budget import over_budget
-from weightwire.source.from_disk import FromDisk, offered_by
 from weightwire.source.publication import Publication
 from weightwire.source.publish import PublishReport, publish_shard
 from weightwire.source.snapshot import Snapshot
@@ -60,8 +60,7 @@ class PublishingHooks:
         self._progress = progress
         self._names: ConstructionNames | None = None
         self._snapshot: Snapshot | None = None
-        self._reading: FromDisk | None = None
-        self._offered: Publication | None = None
+        self._reading: Reading | None = None
         self.publication: Publication | None = None
         self.report: PublishReport | None = None
 
@@ -98,13 +97,8 @@ class PublishingHooks:
         assert isinstance(model, DecoderForCausalLM)
         if any(isinstance(layer, MethodLayer) and layer.export_state() for layer in model.modules()):
             return None  # what loading decides (which parameters there are, scalars) is not known before
-        publication = self._announce(Stage.LOADED, model)
-        try:
-            self._reading, self._offered = FromDisk(catalogue(model, self.names), offered_by(publication)), publication
-        except WeightwireError as error:  # then others wait until all of it is there
-            log.warning("this replica cannot be followed while it reads the disk: %s", error)
-            return None
-        return self._reading.final
+        self._reading = Reading.begin(self._announce(Stage.LOADED, model), lambda: catalogue(model, self.names))
+        return self._reading.final if self._reading is not None else None
 
     def loaded(self, model: nn.Module) -> None:
         """All raw bytes are in place: publish them, unless another stage was asked for."""
@@ -151,15 +145,13 @@ class PublishingHooks:
         reading, self._reading = self._reading, None
         if reading is None:
             return None
-        assert self._offered is not None
-        if self._offered.over:  # the one that is announced now knows nothing of it
-            reading.abandon()
-            raise PublishError("bytes changed unseen after they were read", "suspect this machine's memory")
+        unseen = reading.publication.over
         try:
             return reading.finish(described)
         except PublishError as error:
+            if unseen:
+                raise
             log.warning("%s: what was offered while it was read is withdrawn, and published anew", error.problem)
-            self._offered.withdraw(0.0)
             return None
 
     def _stop_reading(self) -> None:

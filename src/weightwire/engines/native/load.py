@@ -17,6 +17,7 @@ from weightwire.engines.native.options import ReplicaOptions
 from weightwire.engines.native.support import Row, parallel, refusal, row_of
 from weightwire.errors import NoSourceError
 from weightwire.identity.identity import Identity
+from weightwire.loaders.announced import Announced
 from weightwire.loaders.live import LiveCheckpointLoader
 from weightwire.loaders.member import Member
 from weightwire.loaders.relay import PublicationRelay
@@ -85,7 +86,7 @@ class Load:
         )
         self.identities: Mapping[Stage, Identity] = {}
         self._refused: Mapping[Stage, str] = {}
-        self.publication: Publication | None = None
+        self.announced = Announced(self._claim)
         self.live = LiveCheckpointLoader(
             disk=SafetensorsLoader(),
             receive=self._receiver,
@@ -188,7 +189,7 @@ class Load:
         if self._publishes and self._refused[stage]:
             self.hooks.forbid(self._refused[stage])
         if self._publishes:
-            self._claim(stage, {})
+            self.announced.anew(stage)
 
     def _receiver(self, config: ModelConfig) -> Receiver | None:
         """Called before construction: announce first, so that replicas that start together see each other."""
@@ -237,17 +238,17 @@ class Load:
         stage = offer.choice.stage
         if not (self._publishes and self.options.relay) or stage.value not in (self.options.publish_stage, "PROCESSED"):
             return None
-        return self._published(stage)
+        return self.announced.of(stage)
 
     def _announce_again(self) -> None:
         """The load failed, and goes on with the disk: others may wait for this replica."""
-        self._claim(Stage(self.options.publish_stage), {})
+        self.announced.anew(Stage(self.options.publish_stage))
 
     @property
     def _life(self) -> str:
         return str(self.group.once("replica", uuid.uuid4().hex))
 
-    def _claim(self, stage: Stage, facts: Mapping[str, Json]) -> Publication:
+    def _claim(self, stage: Stage) -> Publication:
         assert self.member is not None
         claim = Claim(
             identity=self.identities[stage],
@@ -255,37 +256,28 @@ class Load:
             world_size=self.world.size,
             replica_incarnation=self._life,
             ordinal=self.options.ordinal,
-            build_facts=facts,
         )
-        self.publication = self.member.node.announce(claim)
-        return self.publication
+        return self.member.node.announce(claim)
 
     def _announce(self, stage: Stage, model: DecoderForCausalLM) -> Publication:
         """The publication of ``stage``: the one that was announced, or a new one where another stage was."""
-        publication = self._published(stage)
+        publication = self.announced.of(stage)
         publication.learn(dict(model.build_facts))
         return publication
 
-    def _published(self, stage: Stage) -> Publication:
-        announced = self.publication
-        if announced is not None and announced.claim.identity.stage is stage and not announced.over:
-            return announced
-        if announced is not None:
-            announced.withdraw(0.0)
-        return self._claim(stage, {})
-
     def _decline_raw(self) -> None:
         """Raw bytes are not published: let whoever reads what was passed on of them finish, before they change."""
-        if self.publication is not None and self.publication.claim.identity.stage is Stage.LOADED:
-            self.publication.withdraw(RELAY_DRAIN_S)
-            self._claim(Stage.PROCESSED, {})
+        announced = self.announced.publication
+        if announced is not None and announced.claim.identity.stage is Stage.LOADED:
+            announced.withdraw(RELAY_DRAIN_S)
+            self.announced.anew(Stage.PROCESSED)
 
     def _received(self, stage: Stage) -> Manifest | None:
         return self.live.manifest if self.live.report.stage == stage.value else None
 
     def _disk_progress(self, done: int, total: int) -> None:
-        if self.publication is not None:
-            self.publication.progress(done, total)
+        if self.announced.publication is not None:
+            self.announced.publication.progress(done, total)
         self._read = total
         self._disk_events("read checkpoint", done, total, "bytes")
 
