@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -90,6 +92,37 @@ def test_h25_of_programs_that_start_together_one_reads(start: Start) -> None:
     assert sorted(said[0][0] for said in lines) == ["moved", "moved", "reading"], lines
     assert sorted(said[-1][3] for said in lines) == ["disk", "peer", "peer"], lines
     assert len({tuple(said[-1][:3]) for said in lines}) == 1, lines
+
+
+class Together(MemoryDecisions):
+    """Of a program of one rank. It goes on with what it was answered once all programs have asked, or after a while."""
+
+    def __init__(self, asked: threading.Barrier) -> None:
+        super().__init__()
+        self.asked = asked
+
+    def record(self, key: str, value: bytes) -> bytes:
+        if key.endswith("/choice"):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                self.asked.wait(2.0)
+        return super().record(key, value)
+
+
+def test_h25_of_programs_of_which_none_has_begun_when_all_ask_the_first_reads(settings: Settings, file: Path) -> None:
+    asked, reads = threading.Barrier(3), list[int]()
+
+    def fill(number: int) -> weightwire.Published:
+        def from_disk(disk: weightwire.Filling) -> None:
+            reads.append(number)
+            read(file, module, disk, lambda _: None)
+
+        module, group = Tower(), weightwire.ranks(Together(asked), 0, 1)
+        return weightwire.relay(module, IDENTITY, disk=from_disk, settings=settings, group=group)
+
+    with ThreadPoolExecutor(3) as pool, ExitStack() as stack:
+        filled = [stack.enter_context(each) for each in pool.map(fill, range(3))]
+        assert len({each.report.weights_id for each in filled}) == 1
+    assert len(reads) == 1
 
 
 @pytest.mark.parametrize(
@@ -250,6 +283,7 @@ def test_what_the_disk_raises_is_raised_and_nothing_is_served(settings: Settings
     with pytest.raises(OSError, match="on fire") as caught:
         weightwire.relay(Tower(), IDENTITY, disk=fails, settings=settings)
     assert isinstance(caught.value.__context__, WeightwireError)  # why it was read at all
+    assert not any(thread.name == "weightwire-filling" for thread in threading.enumerate())
     nobody_serves_it(settings)
 
 
