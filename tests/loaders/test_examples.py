@@ -66,6 +66,20 @@ def test_any_module(server: EmbeddedServer, secret_file: Path, transports: str) 
     assert "every byte verified: True" in done.stdout
 
 
+def test_start_together(server: EmbeddedServer, secret_file: Path, tmp_path: Path) -> None:
+    env = environment(secret_file, "tcp")
+    command = [sys.executable, str(EXAMPLES / "start_together.py"), server.url, str(tmp_path / "weights.safetensors")]
+    with running(command, env) as first:
+        assert first.stdout is not None
+        said = re.fullmatch(r"weights from: disk, checksum (.*); Enter ends it\n", first.stdout.readline())
+        with running(command, env) as second:
+            assert second.stdout is not None
+            repeated = re.fullmatch(r"weights from: peer, checksum (.*); Enter ends it\n", second.stdout.readline())
+    assert said is not None
+    assert repeated is not None
+    assert repeated[1] == said[1]
+
+
 def test_two_ranks(server: EmbeddedServer, secret_file: Path) -> None:
     env = environment(secret_file, "tcp")
     script = [str(EXAMPLES / "two_ranks.py")]
