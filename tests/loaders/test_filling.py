@@ -62,9 +62,15 @@ def test_h25_others_follow_a_program_that_reads_its_disk(start: Start, settings:
     assert reader.line() == ["half"]
     follower.tell("begin")
     assert follower.line() == ["moved"]  # of the half that is there: the reader waits for our word
-    module, patient = Tower(), replace(settings, stall_timeout=30.0)
+    module, patient, moved = Tower(), replace(settings, stall_timeout=30.0), threading.Event()
+
+    def progress(phase: str, done: int, total: int, unit: str) -> None:  # noqa: ARG001  (the protocol's)
+        if phase == "transfer" and done:
+            moved.set()
+
     with ThreadPoolExecutor(1) as pool:
-        received = pool.submit(weightwire.receive, module, IDENTITY, settings=patient)
+        received = pool.submit(weightwire.receive, module, IDENTITY, settings=patient, progress=progress)
+        assert moved.wait(20)
         reader.tell("go on")
         said, weights_id, whole = reader.line()
         assert said == "ready"

@@ -27,22 +27,26 @@ from weightwire.types import Coordinates, Stage
 
 
 class Filling:
-    """A module that its program is filling from its own disk. For one thread.
+    """A module that its program is filling from its own disk; ``filling`` and ``relay`` make it. For one thread.
 
     Attributes:
         followed: whether others can take what is final; if not, they wait until all of it is published.
     """
 
-    def __init__(self, publication: Publication, described: Catalogue, progress: Progress) -> None:
-        self._publication = publication
-        self._progress = progress
-        self._published: Published | None = None
+    def __init__(
+        self,
+        publication: Publication,
+        described: Catalogue,
+        reading: Reading | None,
+        outcome: list[Published],
+        progress: Progress,
+    ) -> None:
         entries = described.layout.entries
+        self._publication, self._reading, self._outcome, self._progress = publication, reading, outcome, progress
         self._homes = {name: entry.name for entry in entries for name in (entry.name, *entry.aliases)}
         self._left = {entry.name: entry.nbytes for entry in entries}
-        self._total = described.layout.nbytes
-        self._reading = Reading.begin(publication, lambda: described)
-        self.followed = self._reading is not None
+        self._done, self._total = 0, described.layout.nbytes
+        self.followed = reading is not None
 
     @property
     def published(self) -> Published:
@@ -51,9 +55,9 @@ class Filling:
         Raises:
             PublishError: the block has not ended, or raised.
         """
-        if self._published is None:
+        if not self._outcome:
             raise PublishError("nothing is published while it is being filled", "ask after the with block")
-        return self._published
+        return self._outcome[0]
 
     def final(self, names: Collection[str]) -> None:
         """These tensors hold what they are to hold: nothing writes them again. Returns at once.
@@ -66,27 +70,11 @@ class Filling:
                 was written. Names that are not the module's do nothing, nor do views and derived tensors.
         """
         given = (names,) if isinstance(names, str) else names
-        for name in given:
-            self._left.pop(self._homes.get(name, ""), None)
-        done = self._total - sum(self._left.values())
-        self._publication.progress(done, self._total)  # others wait for as long as this moves
-        self._progress("read checkpoint", done, self._total, "bytes")
+        self._done += sum(self._left.pop(self._homes.get(name, ""), 0) for name in given)
+        self._publication.progress(self._done, self._total)  # others wait for as long as this moves
+        self._progress("read checkpoint", self._done, self._total, "bytes")
         if self._reading is not None:
             self._reading.final(given)
-
-    def finish(self, loaded: Catalogue) -> Manifest | None:
-        """For ``LocalShard``: what was offered while it was filled; ``None`` where nothing was."""
-        return self._reading.finish(loaded) if self._reading is not None else None
-
-    def publish(self, published: Published) -> None:
-        """For ``LocalShard``: this came of it."""
-        self._published = published
-
-    def abandon(self) -> None:
-        """For ``LocalShard``: nothing comes of it. Readers are cut off before anything else is done. Idempotent."""
-        self._publication.withdraw(0.0)
-        if self._reading is not None:
-            self._reading.abandon()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +126,16 @@ class LocalShard:
     @contextmanager
     def filling(self, member: Member, publication: Publication, described: Catalogue) -> Iterator[Filling]:
         """The block fills the module; then it is published, or nothing is, and the other ranks hear of it."""
-        disk = Filling(publication, described, self.progress)
+        reading, outcome = Reading.begin(publication, lambda: described), list[Published]()
         try:
-            yield disk
+            yield Filling(publication, described, reading, outcome, self.progress)
             loaded = self.describe()
-            manifest = disk.finish(loaded)
+            manifest = reading.finish(loaded) if reading is not None else None
         except BaseException as error:
-            disk.abandon()
+            publication.withdraw(0.0)  # readers are cut off before anything else is done
+            if reading is not None:
+                reading.abandon()
             reason = error.problem if isinstance(error, WeightwireError) else type(error).__name__
             self.group.refuse(f"publish/{publication.claim.identity.stage.value}", reason)
             raise
-        disk.publish(self.publish(member, publication, loaded, manifest))
+        outcome.append(self.publish(member, publication, loaded, manifest))
