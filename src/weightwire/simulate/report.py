@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from weightwire.manifest.leaves import chunk_bytes
-from weightwire.simulate.swarm import Plan, Replica, Swarm
+from weightwire.simulate.swarm import Plan, Swarm
 
 MOST_EVENTS = 5_000_000
 EVENTS_PER_CHUNK = 2.3
@@ -18,7 +18,7 @@ class Outcome:
 
     Attributes:
         plan: what was simulated.
-        bound_s: no schedule could be quicker for all: see ``bound_s``.
+        bound_s: no schedule could be quicker for all: see ``Plan.bound_s``.
         median_s, p99_s, last_s: from arrival to READY.
         ratio: ``last_s`` over ``bound_s``.
         slow_s: of the last one with slow links; 0 where there is none.
@@ -44,9 +44,7 @@ class Outcome:
 
     def to_json(self) -> dict[str, object]:
         """Everything but when each became READY."""
-        plain = asdict(self)
-        del plain["ready"]
-        return plain
+        return {name: value for name, value in asdict(self).items() if name != "ready"}
 
 
 def with_chunk(plan: Plan, most_events: int = MOST_EVENTS) -> Plan:
@@ -61,31 +59,19 @@ def simulate(plan: Plan) -> Outcome:
     swarm = Swarm(plan)
     swarm.run()
     newcomers = [each for each in swarm.replicas[plan.sources :] if each.alive]
-    took = sorted(_took(each) for each in newcomers if each.ready is not None and not each.slow)
-    bound, last = bound_s(plan), took[-1] if took else 0.0
+    ready = [(each.ready, each.ready - each.joined, each.slow) for each in newcomers if each.ready is not None]
+    took = sorted(seconds for _, seconds, slow in ready if not slow) or [0.0]
     return Outcome(
         plan=plan,
-        bound_s=bound,
-        median_s=took[len(took) // 2] if took else 0.0,
-        p99_s=took[len(took) * 99 // 100] if took else 0.0,
-        last_s=last,
-        ratio=last / bound,
-        slow_s=max((_took(each) for each in newcomers if each.slow), default=0.0),
-        unfinished=sum(each.ready is None for each in newcomers),
-        egress=sum(each.host.up.served for each in swarm.sources) / plan.nbytes,
-        duplicated=sum(each.schedule.duplicated for each in swarm.replicas if each.schedule) / plan.nbytes,
-        events=swarm.world.events,
-        ready=tuple(sorted(each.ready for each in newcomers if each.ready is not None)),
+        bound_s=plan.bound_s,
+        median_s=took[len(took) // 2],
+        p99_s=took[len(took) * 99 // 100],
+        last_s=took[-1],
+        ratio=took[-1] / plan.bound_s,
+        slow_s=max((seconds for _, seconds, slow in ready if slow), default=0.0),
+        unfinished=len(newcomers) - len(ready),
+        egress=sum(each.sent for each in swarm.replicas[: plan.sources]) / plan.nbytes,
+        duplicated=sum(each.schedule.duplicated for each in swarm.replicas) / plan.nbytes,
+        events=swarm.events,
+        ready=tuple(sorted(when for when, _, _ in ready)),
     )
-
-
-def bound_s(plan: Plan) -> float:
-    """One copy must pass a newcomer's link, leave the sources, and enter each rack over its link."""
-    narrowest = min(plan.rate, plan.sources * min(plan.cap or plan.rate, plan.rate))
-    if plan.racks > 1:
-        narrowest = min(narrowest, plan.rack_rate)
-    return plan.nbytes / narrowest
-
-
-def _took(replica: Replica) -> float:
-    return (replica.ready or 0.0) - replica.joined
