@@ -10,7 +10,7 @@ def free(*rates: float) -> list[Stage]:
 
 
 @pytest.mark.parametrize(
-    ("rates", "there"), [((10, 10), 11.0), ((10, 5), 21.0), ((5, 10), 21.0), ((10, 2, 4, 10), 51.0)]
+    ("rates", "there"), [((10, 10), 11.0), ((10, 5), 21.0), ((5, 10), 21.0), ((10, 4, 2, 10), 51.0)]
 )
 def test_a_chunk_passes_free_stages_as_fast_as_the_narrowest(rates: tuple[float, ...], there: float) -> None:
     assert deliver(free(*rates), 1.0, 100) == pytest.approx(there)
