@@ -106,6 +106,6 @@ def svg(outcomes: Sequence[tuple[str, Outcome]]) -> str:
         steps = reversed(range(count, 0, -max(1, count // 300)))  # a few hundred at most, and the last one
         stairs = "".join(f"H{x(each.ready[done - 1] / each.bound_s)}V{y(done / count)}" for done in steps)
         parts.append(f'<path d="M{LEFT},{BOTTOM}{stairs}H{RIGHT}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        legend = f'<text x="{RIGHT - 8}" y="{BOTTOM - 8 - 16 * (len(outcomes) - 1 - at)}" fill="{colour}" '
+        legend = f'<text x="{RIGHT - 8}" y="{BOTTOM - 8 - 16 * (len(outcomes) - 1 - at)}" fill="{colour}"'
         parts.append(f'{legend} text-anchor="end">{escape(label)}: {each.ratio:.3f}</text>')
     return "\n".join([*parts, "</g></svg>", ""])
