@@ -115,13 +115,16 @@ def test_h38_a_child_finds_what_its_relay_did_not(fleet: Fleet, checkpoints: dic
 def test_h29_a_relay_that_fails_withdraws_before_its_memory_is_filled_again(
     fleet: Fleet, checkpoints: dict[str, Path]
 ) -> None:
-    """The source dies; the relay reads its disk, which has other weights, into the memory that its child read from."""
+    """The source dies; the relay reads its disk, which has other weights, into the memory that its child read from.
+
+    What is published in the end moves the generation too, and so does the scrub; both would come too late."""
     source = source_of(fleet, checkpoints, "fails", RATE / 2)
     relay, child = chain(fleet, checkpoints["other big"], "fails", {}, {})
     child.moved("transfer", 0.3)
     source.signal(signal.SIGKILL)
     reports = [relay.report(), child.report()]
     assert reports[0]["source"] == "disk"
+    assert relay.said("reading")["readable"] == [], "its disk was read over what others may read"
     assert sum(share["bad_leaves"] for report in reports for share in report["shares"]) == 0
     assert relay.digest() == child.digest()
     assert relay.tokens() == child.tokens()
