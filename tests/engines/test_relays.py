@@ -78,7 +78,7 @@ def test_h26_h27_h38_a_relay_that_is_gone_half_way_costs_nothing_that_was_verifi
     second.signal(number)
     began = time.monotonic()
     reports = [each.report() for each in (first, third, fourth)]
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 40
     assert [each.digest() for each in (first, third, fourth)] == [source.digest()] * 3
     for report in reports:
         assert sum(share["nbytes"] for share in report["shares"]) == report["nbytes"], "nothing was fetched twice"
