@@ -159,14 +159,14 @@ def test_a_store_that_has_gone_is_an_error_of_ours() -> None:
 def test_h23_a_store_that_is_stopped_is_given_up() -> None:
     """Its connections stay, and torch's client reads for ever."""
     with child(store_main) as made:
-        store = TorchDecisions(torch_store(made.hear()), 0.5)
+        store = TorchDecisions(torch_store(made.hear()), 3.0)
         assert store.record("k", b"v") == b"v"
         made.signal(signal.SIGSTOP)
         for calls in range(2):
             began = time.monotonic()
-            with pytest.raises(RankLost, match=r"did not answer within 0\.5 s"):
+            with pytest.raises(RankLost, match=r"did not answer within 3 s"):
                 store.wait("k", 60.0)
-            assert time.monotonic() - began < (0.45 if calls else 10.0), "asked once more, although it is given up"
+            assert time.monotonic() - began < (2.0 if calls else 20.0), "asked once more, although it is given up"
         made.kill()
 
 
