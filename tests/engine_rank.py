@@ -48,6 +48,7 @@ from weightwire.runtime.distributed import TpGroup
 from weightwire.runtime.mapping import Mapping as RankMapping
 from weightwire.runtime.materialize import materialize
 from weightwire.source import node, publish, scrub
+from weightwire.source.publication import Publication
 from weightwire.target import discover, verification
 from weightwire.target.offer import Choice
 from weightwire.target.receiver import Receiver
@@ -174,6 +175,7 @@ class Hooks(PublishingHooks):
     """Slow, or careless."""
 
     def filling(self, model: nn.Module) -> Final | None:
+        emit("reading", readable=[each.generation for each in _published() if each.offered is not None])
         final = super().filling(model)
         if final is None or not (FAULTS.rewrite or FAULTS.replace):
             return final
@@ -210,6 +212,14 @@ class Hooks(PublishingHooks):
         emit("transformed", module=type(module).__name__, readers=len(self.publication.leases))
 
 
+_NODES: list[node.Node] = []
+"""This process as a source, where it is one."""
+
+
+def _published() -> list[Publication]:
+    return [each for serving in _NODES for each in serving._by_key().values()]
+
+
 def _change(model: nn.Module, names: Sequence[str]) -> None:
     """Change, or replace, what was declared final."""
     for name in names[: len(names) // 2]:
@@ -240,6 +250,7 @@ class Watched(native.Rank):
     def load(self) -> None:
         if self.member is not None:
             _throttle(self)
+            _NODES.append(self.member.node)
         super().load()
 
     def serve(self, commands: Any) -> None:

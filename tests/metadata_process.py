@@ -192,7 +192,7 @@ def torch_store(port: int, *, is_master: bool = False) -> Any:
 
 def rank_main(pipe: Connection, port: int, epoch: str, number: int, size: int, plan: dict[str, Any]) -> None:
     """Goes through three steps; at ``plan["step"]`` it does ``plan["how"]``. Says how each step ended."""
-    group = Group(TorchDecisions(torch_store(port)), number, size, epoch, plan["patience"])
+    group = Group(TorchDecisions(torch_store(port)), number, size, epoch, 30.0)
     pipe.send("up")
     pipe.recv()
     seen: list[Json] = []
@@ -201,7 +201,7 @@ def rank_main(pipe: Connection, port: int, epoch: str, number: int, size: int, p
         if plan["step"] == step:
             mine = _misbehave(plan, mine)
         began = time.monotonic()
-        verdict = group.vote(f"step-{step}", mine)
+        verdict = group.vote(f"step-{step}", mine, plan["patience"] if step == plan["at"] else None)
         seen.append([verdict.ok, verdict.reason, list(verdict.silent), time.monotonic() - began])
         if not verdict.ok:
             break

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -44,8 +45,11 @@ def test_the_table_and_the_plot(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert main(["simulate", *SMALL, "--replicas", "3", "--plot", str(plot)]) == 0
     assert "3 replicas" in capsys.readouterr().out
     drawn = ET.fromstring(plot.read_text())
-    (curve,) = drawn.iter("{http://www.w3.org/2000/svg}polyline")
-    assert len(curve.attrib["points"].split()) == 2 + 2 * 4, "a step for each, the last one twice, and the ends"
+    (curve,) = (each for each in drawn.iter("{http://www.w3.org/2000/svg}path") if each.get("fill") == "none")
+    steps = [float(at) for at in re.findall(r"V([\d.]+)", curve.attrib["d"])]
+    assert len(steps) == 3, "one for each"
+    assert steps == sorted(steps, reverse=True)
+    assert steps[-1] == 40.0, "all of them, at the top"
 
 
 def test_a_plot_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ MANIFEST = Manifest(layout=Layout(entries=(ENTRY,)), digests=bytes(range(DIGEST_
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Serving]:
-    with serving(tmp_path, "--ttl", "60") as running:
+    with serving(tmp_path, "--ttl", "600") as running:
         yield running
 
 

@@ -76,5 +76,5 @@ def test_h33_without_a_server_the_disk_is_read_after_one_bounded_try(
     report = fleet.start(checkpoints["small"], "alone", env={"WEIGHTWIRE_URL": "127.0.0.1:9"}).report()
     assert report["source"] == "disk"
     assert "127.0.0.1:9" in report["steps"][0]["reason"]
-    assert report["seconds"]["discover"] < 10
-    assert time.monotonic() - began < 30
+    assert report["seconds"]["discover"] < 20
+    assert time.monotonic() - began < 60

@@ -15,7 +15,14 @@ from vision import Encoder, identity
 
 import weightwire
 from weightwire.config import Settings
-from weightwire.errors import DecisionError, DigestMismatch, NoSourceError, PeerLost, PublishError
+from weightwire.errors import (
+    DecisionError,
+    DigestMismatch,
+    GenerationMoved,
+    NoSourceError,
+    PeerLost,
+    PublishError,
+)
 from weightwire.loaders import module as verbs
 from weightwire.loaders.member import Member
 from weightwire.loaders.relay import PublicationRelay
@@ -24,10 +31,13 @@ from weightwire.manifest.availability import Availability
 from weightwire.manifest.catalogue import Catalogue, catalogue
 from weightwire.manifest.digest import digest_leaves
 from weightwire.metadata.decision import Group, MemoryDecisions, Vote
+from weightwire.source.described import Claim
 from weightwire.target.offer import Offer, Want
 from weightwire.target.receiver import Receiver
+from weightwire.target.relaying import Relay
 from weightwire.transport.base import Registration
-from weightwire.types import Coordinates
+from weightwire.types import Coordinates, Span
+from weightwire.wire.messages import OpenRead
 
 
 class ChildProcess(Protocol):
@@ -87,18 +97,23 @@ class Watching:
         self.ended.append(self.module.get_buffer("steps").clone())
 
 
-def fill(settings: Settings, module: Encoder, relay: Watching, *, other_rank: Vote) -> None:
+def fill(settings: Settings, module: Encoder, relay: Relay, *, other_rank: Vote) -> None:
     """As one of two ranks, the other of which received what ``other_rank`` says."""
+    with Member(settings, serves=False) as member:
+        fill_as(member, module, relay, other_rank=other_rank)
+
+
+def fill_as(member: Member, module: Encoder, relay: Relay, *, other_rank: Vote) -> None:
+    """``fill``, as the process ``member``."""
     store = MemoryDecisions()
     other = Group(store, 1, 2, "0", 20.0)
-    with Member(settings, serves=False) as member:
-        want = Want(stages={identity().stage: identity()}, coordinates=Coordinates())
-        group = Group(store, 0, 2, "0", 20.0)
-        receiver = Receiver(reader=member.reader, want=want, group=group, relay=relay)
-        receiver.find()
-        threading.Thread(target=other.vote, args=("plan", Vote(ok=True)), daemon=True).start()
-        threading.Thread(target=other.vote, args=("received", other_rank), daemon=True).start()
-        receiver.fill(catalogue(module))
+    want = Want(stages={identity().stage: identity()}, coordinates=Coordinates())
+    group = Group(store, 0, 2, "0", 20.0)
+    receiver = Receiver(reader=member.reader, want=want, group=group, relay=relay)
+    receiver.find()
+    threading.Thread(target=other.vote, args=("plan", Vote(ok=True)), daemon=True).start()
+    threading.Thread(target=other.vote, args=("received", other_rank), daemon=True).start()
+    receiver.fill(catalogue(module))
 
 
 def test_h38_a_relay_ends_before_its_memory_is_put_back(publish: Publish, settings: Settings) -> None:
@@ -123,6 +138,58 @@ def test_h31_a_load_whose_bytes_changed_while_they_were_passed_on_fails(publish:
     (when_ended,) = relay.ended
     assert torch.equal(when_ended, torch.arange(7) * 3), "it was put back under the relay's readers"
     assert torch.equal(module.get_buffer("steps"), before)
+
+
+class ReadFrom(PublicationRelay):
+    """A relay that somebody reads from, and that notes who may read at the moment when it has ended."""
+
+    def __init__(self, member: Member) -> None:
+        claim = Claim(identity=identity(), coordinates=Coordinates(), world_size=1, replica_incarnation="life")
+        self.passed_on = member.node.announce(claim)
+        self.admitted: list[bool] = []
+        self.told: list[int] = []
+        super().__init__(lambda _: self.passed_on, lambda: self.told.append(self.passed_on.generation))
+
+    def begin(self, offer: Offer, memory: AddressSpace, available: Availability) -> Mapping[str, Registration]:
+        registered = super().begin(offer, memory, available)
+        self.request = OpenRead(
+            shard_key=self.passed_on.claim.shard_key,
+            incarnation=self.passed_on._home.incarnation,
+            content_id=offer.manifest.content_id,
+            reader="reader",
+            reader_host="host",
+            transports=tuple(registered),
+        )
+        self.lease = self.passed_on.open_read(self.request).lease
+        return registered
+
+    def end(self) -> None:
+        self.admitted.append(self.admits())
+        super().end()
+        self.admitted.append(self.admits())
+
+    def admits(self) -> bool:
+        """Whether who has a lease may read."""
+        try:
+            self.passed_on.admit(self.lease, Span(0, 1), "tcp")
+        except GenerationMoved:
+            return False
+        return True
+
+
+def test_h29_once_a_relay_has_ended_nobody_reads_its_memory(publish: Publish, settings: Settings) -> None:
+    """Whoever fills the memory then need not know of it: what comes next may write at once."""
+    publish(seed=3).line()
+    with Member(settings) as member:
+        relay = ReadFrom(member)
+        with pytest.raises(DecisionError, match="out of luck"):
+            fill_as(member, poisoned(), relay, other_rank=Vote(ok=False, reason="out of luck"))
+        assert relay.admitted == [True, False]
+        assert relay.told == [2], "the server hears of it again only after the generation has moved"
+        with pytest.raises(GenerationMoved):
+            relay.passed_on.open_read(relay.request)
+        assert relay.passed_on.served == []
+        member.node.announce(relay.passed_on.claim)
 
 
 CLASSES = {"steps": "derived"}

@@ -21,6 +21,8 @@ from weightwire.wire.reports import FailureKind, PeerFailure
 
 TTL = 3.0
 SLOW_TTL = 60.0
+SOON_S = 20.0
+"""What a busy machine may take for what needs no time."""
 
 
 def embedded(port: int = 0, ttl: float = TTL, warming: float | None = 0.0) -> EmbeddedServer:
@@ -44,10 +46,17 @@ def client(server: EmbeddedServer) -> Iterator[MetadataClient]:
 def until(condition: Callable[[], bool], seconds: float) -> float:
     """Seconds that it took."""
     began = time.monotonic()
-    while not condition():
+    while not _holds(condition):
         assert time.monotonic() - began < seconds, "waited in vain"
         time.sleep(0.02)
     return time.monotonic() - began
+
+
+def _holds(condition: Callable[[], bool]) -> bool:
+    try:
+        return condition()
+    except MetadataUnreachable:  # busy, or it has only just started
+        return False
 
 
 def states(client: MetadataClient) -> dict[str, tuple[S, bool]]:
@@ -79,24 +88,24 @@ def test_h34_a_killed_source_is_suspect_at_once_and_gone_after_the_ttl() -> None
     ):
         assert alive.hear()
         assert doomed.hear()
-        until(lambda: find(client) == ["alive", "doomed"], 5)
+        until(lambda: find(client) == ["alive", "doomed"], SOON_S)
         assert doomed.tell("read") == "read"
-        until(lambda: kept(client, "doomed-0"), 5)  # killed before its first beat, only the TTL would tell
+        until(lambda: kept(client, "doomed-0"), SOON_S)  # killed before its first beat, only the TTL would tell
         doomed.kill()
         until(lambda: states(client)["doomed-0"] == (S.READY, True), ttl)  # not just gone: that would be a KeyError
         assert shard(client) == ["alive-0", "doomed-0"]
-        until(lambda: "doomed-0" not in states(client), ttl * 2)
+        until(lambda: "doomed-0" not in states(client), ttl * 3)
         assert find(client) == ["alive"]
 
 
 def test_h34_a_frozen_source_is_gone_after_the_ttl_and_comes_back_when_it_continues(client: MetadataClient) -> None:
     with child(source_main, client.url, "frozen") as frozen:
         assert frozen.hear()
-        until(lambda: find(client) == ["frozen"], 5)
+        until(lambda: find(client) == ["frozen"], SOON_S)
         frozen.signal(signal.SIGSTOP)
-        until(lambda: find(client) == [], TTL * 2)
+        until(lambda: find(client) == [], TTL * 4)
         frozen.signal(signal.SIGCONT)
-        until(lambda: find(client) == ["frozen"], 15)
+        until(lambda: find(client) == ["frozen"], SOON_S)
 
 
 def test_h33_a_restarted_server_is_healed_by_its_sources_alone() -> None:
@@ -107,18 +116,19 @@ def test_h33_a_restarted_server_is_healed_by_its_sources_alone() -> None:
             assert a.hear()
             assert b.hear()
             with MetadataClient(url, SECRET) as client:
-                until(lambda: find(client) == ["a", "b"], 5)
+                until(lambda: find(client) == ["a", "b"], SOON_S)
                 first.kill()
                 with pytest.raises(MetadataUnreachable):
                     client.sources()
             assert b.tell("withdraw") == "MetadataUnreachable"
             with child(serve_main, port, TTL, None) as second, MetadataClient(url, SECRET) as client:
                 assert second.hear() == port
-                until(lambda: find(client) == ["a"], 15)
+                until(lambda: find(client) == ["a"], SOON_S)
                 warming = client.find_replicas(FindReplicas(replica_keys=("replica",))).warming_s
                 assert 0 < warming <= TTL  # hazard H68: another one may still be on its way
                 time.sleep(TTL)
-                assert find(client) == ["a"]  # b was withdrawn while nobody listened, and stays so
+                assert "b" not in find(client)  # it was withdrawn while nobody listened, and stays so
+                until(lambda: find(client) == ["a"], SOON_S)
 
 
 def test_h33_an_unreachable_server_is_one_bounded_error() -> None:
@@ -131,7 +141,7 @@ def test_h33_an_unreachable_server_is_one_bounded_error() -> None:
                 began = time.monotonic()
                 with pytest.raises(MetadataUnreachable, match=address):
                     call()
-                assert time.monotonic() - began < 2
+                assert time.monotonic() - began < 5
 
 
 def test_h33_a_source_that_starts_before_the_server_is_published_later() -> None:
@@ -141,14 +151,14 @@ def test_h33_a_source_that_starts_before_the_server_is_published_later() -> None
     with child(source_main, f"127.0.0.1:{port}", "early") as source:
         time.sleep(1.0)
         with embedded(port) as server, MetadataClient(server.url, SECRET) as client:
-            until(lambda: find(client) == ["early"], 20)
+            until(lambda: find(client) == ["early"], SOON_S)
             assert source.hear()
 
 
 def test_h68_a_withdrawn_source_stays_withdrawn_while_its_process_lives(client: MetadataClient) -> None:
     with child(source_main, client.url, "a") as source:
         assert source.hear()
-        until(lambda: find(client) == ["a"], 5)
+        until(lambda: find(client) == ["a"], SOON_S)
         assert source.tell("withdraw") == "told"
         assert find(client) == []
         time.sleep(TTL)
@@ -168,7 +178,7 @@ def test_a_change_of_state_arrives_at_once(unhurried: MetadataClient) -> None:
     client = unhurried
     with child(source_main, client.url, "a") as source:
         assert source.hear()
-        until(lambda: find(client) == ["a"], 5)
+        until(lambda: find(client) == ["a"], SOON_S)
         assert source.tell("pause") == "paused"
         until(lambda: states(client)["a-0"][0] is S.PAUSED, SLOW_TTL / 6)  # not at the next beat
         assert find(client) == []
@@ -177,21 +187,21 @@ def test_a_change_of_state_arrives_at_once(unhurried: MetadataClient) -> None:
 def test_what_beats_do_not_carry_is_published_again(client: MetadataClient) -> None:
     owner = SampleOwner(rank(0, "a", state=S.LOADING, content_id="", weights_id="", fraction=0.1, bytes_done=100))
     client.keeper.add(owner)
-    until(lambda: states(client) == {"a-0": (S.LOADING, False)}, 5)
+    until(lambda: states(client) == {"a-0": (S.LOADING, False)}, SOON_S)
     owner.change(state=S.READY, content_id="content-0", weights_id="weights", fraction=1.0, bytes_done=1000)
     client.keeper.poke()
-    until(lambda: states(client)["a-0"][0] is S.READY, 5)
+    until(lambda: states(client)["a-0"][0] is S.READY, SOON_S)
     view = client.sources()[0]
     assert (view.record.weights_id, view.record.bytes_done) == ("weights", 1000)
     owner.record = None
     client.keeper.poke()
-    until(lambda: client.sources() == [], TTL * 2)  # no longer kept
+    until(lambda: client.sources() == [], TTL * 4)  # no longer kept
 
 
 def test_h54_a_reported_leaf_is_digested_again_by_its_source(client: MetadataClient) -> None:
     with child(source_main, client.url, "a") as source:
         assert source.hear()
-        until(lambda: find(client) == ["a"], 5)
+        until(lambda: find(client) == ["a"], SOON_S)
         failure = PeerFailure(
             shard_key="shard-0",
             incarnation="a-0",
@@ -202,11 +212,11 @@ def test_h54_a_reported_leaf_is_digested_again_by_its_source(client: MetadataCli
             reporter_host="host-1",
         )
         assert client.report(failure).counted
-        until(lambda: source.tell("rechecked") == [7], 5)
-        until(lambda: client.sources()[0].reports == 0, 5)  # it was right: the report is forgotten
+        until(lambda: source.tell("rechecked") == [7], SOON_S)
+        until(lambda: client.sources()[0].reports == 0, SOON_S)  # it was right: the report is forgotten
         source.tell("sicken")
         assert client.report(failure).counted
-        until(lambda: client.sources()[0].quarantined, 5)
+        until(lambda: client.sources()[0].quarantined, SOON_S)
         assert shard(client) == []
 
 

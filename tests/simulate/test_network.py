@@ -2,40 +2,29 @@ from __future__ import annotations
 
 import pytest
 
-from weightwire.simulate.network import Host, Rack, Stage, deliver
-from weightwire.simulate.world import World
+from weightwire.simulate.network import Stage, deliver
 
 
-def test_events_happen_in_order_of_time_then_of_entry() -> None:
-    world, seen = World(), list[str]()
-    world.at(2.0, seen.append, "c")
-    world.at(1.0, seen.append, "a")
-    world.at(1.0, lambda: world.at(1.0, seen.append, "b"))
-    world.at(9.0, seen.append, "never")
-    world.run(5.0)
-    assert seen == ["a", "b", "c"]
-    assert (world.now, world.events) == (2.0, 4)
+def free(*rates: float) -> list[Stage]:
+    return [Stage(rate) for rate in rates]
 
 
-def host(rate: float, rack: Rack | None = None) -> Host:
-    return Host(Stage(rate), Stage(rate), rack)
-
-
-def test_a_chunk_passes_free_links_as_fast_as_the_narrowest() -> None:
-    assert deliver(host(10.0), host(10.0), 1.0, 100) == pytest.approx(11.0)
-    assert deliver(host(10.0), host(5.0), 1.0, 100) == pytest.approx(21.0)
-    assert deliver(host(5.0), host(10.0), 1.0, 100) == pytest.approx(21.0)
+@pytest.mark.parametrize(
+    ("rates", "there"), [((10, 10), 11.0), ((10, 5), 21.0), ((5, 10), 21.0), ((10, 4, 2, 10), 51.0)]
+)
+def test_a_chunk_passes_free_stages_as_fast_as_the_narrowest(rates: tuple[float, ...], there: float) -> None:
+    assert deliver(free(*rates), 1.0, 100) == pytest.approx(there)
 
 
 def test_what_comes_from_two_senders_shares_the_receivers_link() -> None:
-    receiver = host(10.0)
-    assert deliver(host(10.0), receiver, 0.0, 100) == pytest.approx(10.0)
-    assert deliver(host(10.0), receiver, 0.0, 100) == pytest.approx(20.0)
-    assert deliver(host(10.0), receiver, 50.0, 100) == pytest.approx(60.0), "it was idle meanwhile"
+    receiver = Stage(10.0)
+    assert deliver([Stage(10.0), receiver], 0.0, 100) == pytest.approx(10.0)
+    assert deliver([Stage(10.0), receiver], 0.0, 100) == pytest.approx(20.0)
+    assert deliver([Stage(10.0), receiver], 50.0, 100) == pytest.approx(60.0), "it was idle meanwhile"
 
 
-def test_only_what_leaves_a_rack_passes_its_link() -> None:
-    here, there = (Rack(Stage(2.0), Stage(4.0)) for _ in range(2))
-    assert deliver(host(10.0, here), host(10.0, here), 0.0, 100) == pytest.approx(10.0)
-    assert deliver(host(10.0, here), host(10.0, there), 0.0, 100) == pytest.approx(50.0)
-    assert (here.up.served, here.down.served, there.down.served) == (100, 0, 100)
+def test_a_stage_begins_when_it_is_free_and_ends_no_sooner_than_the_one_before() -> None:
+    stage = Stage(10.0, free=3.0)
+    assert stage.pass_on(1.0, 2.0, 50) == pytest.approx((3.0, 8.0))
+    assert stage.pass_on(9.0, 99.0, 50) == pytest.approx((9.0, 99.0))
+    assert stage.free == pytest.approx(99.0)

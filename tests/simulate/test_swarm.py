@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import pytest
 
-from weightwire.simulate.report import Outcome, bound_s, simulate, with_chunk
-from weightwire.simulate.swarm import Plan
+from weightwire.simulate.report import Outcome, simulate, with_chunk
+from weightwire.simulate.swarm import Plan, Swarm
 
 GB = 10**9
 CHUNKS = 250
@@ -44,12 +47,12 @@ def test_each_link_of_a_chain_costs_its_latency() -> None:
 
 def test_a_source_and_a_slow_link_bound_what_is_possible() -> None:
     base = Plan(replicas=30, nbytes=90 * GB, rate=30 * GB, chunk=GB)
-    assert bound_s(base) == pytest.approx(3.0)
-    assert bound_s(Plan(replicas=30, nbytes=90 * GB, rate=30 * GB, chunk=GB, cap=10 * GB)) == pytest.approx(9.0)
-    two = Plan(replicas=30, nbytes=90 * GB, rate=30 * GB, chunk=GB, cap=10 * GB, sources=2)
-    assert bound_s(two) == pytest.approx(4.5)
+    assert base.bound_s == pytest.approx(3.0)
+    assert replace(base, cap=10 * GB).bound_s == pytest.approx(9.0)
+    assert replace(base, cap=99 * GB).bound_s == pytest.approx(3.0), "no more than its link"
+    assert replace(base, cap=10 * GB, sources=2).bound_s == pytest.approx(4.5)
     racks = Plan(replicas=29, nbytes=90 * GB, rate=30 * GB, chunk=GB, racks=10, oversubscription=6)
-    assert bound_s(racks) == pytest.approx(6.0), "three hosts a rack"
+    assert racks.bound_s == pytest.approx(6.0), "three hosts a rack"
 
 
 # ---- what the policy reaches
@@ -115,6 +118,30 @@ def test_a_rack_s_narrow_link_is_felt() -> None:
     free, narrow = outcome(16, racks=4), outcome(16, racks=4, oversubscription=4.0)
     assert free.ratio <= 1.15
     assert narrow.last_s > 1.5 * free.last_s
+
+
+def test_only_what_leaves_a_rack_passes_its_link() -> None:
+    tight = {"racks": 2, "oversubscription": 8.0}
+    beside, across = outcome(2, **tight, star=True), outcome(1, **tight)
+    assert across.last_s == pytest.approx(8 * ONE_S, rel=0.01), "alone, in the rack where the source is not"
+    assert beside.ready[0] == pytest.approx(ONE_S, rel=0.5), "the second one is in the source's rack"
+
+
+def test_things_happen_in_order_of_time_then_of_entry() -> None:
+    swarm, seen = Swarm(Plan(replicas=1, nbytes=10, chunk=1, rate=1.0)), list[tuple[str, float]]()
+
+    def process(name: str, *later: float) -> Iterator[float]:
+        seen.append((name, swarm.now))
+        for when in later:
+            yield when
+            seen.append((name, swarm.now))
+
+    swarm.enter(2.0, process("c"))
+    swarm.enter(1.0, process("a", 1.0, 3.0))
+    swarm.enter(1.0, process("b"))
+    swarm.enter(99.0, process("never"))
+    swarm.run()
+    assert seen == [("a", 1.0), ("b", 1.0), ("a", 1.0), ("c", 2.0), ("a", 3.0)]
 
 
 def test_the_same_plan_gives_the_same_outcome() -> None:

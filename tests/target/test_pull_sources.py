@@ -22,7 +22,7 @@ from weightwire.transport.faults import Corrupt, Delay, Fault, FaultPlan, Faulty
 from weightwire.types import TensorClass
 
 NBYTES = 64 * MIB - 4321
-STALL_S = 8.0
+STALL_S = 20.0
 PACE = Delay(0.03)
 """A read of a sound source, so that there is a middle to be killed in: about 90 MB/s of three sources."""
 

@@ -44,6 +44,10 @@ def work() -> Work:
 
 def idle(work: Work) -> list[Idle]:
     lanes = [Idle(work, peer) for peer in range(2)]
+    until = time.monotonic() + LONG_S / 2
+    while not all(news._waiters for news in work._news):  # type: ignore[attr-defined]
+        assert time.monotonic() < until
+        time.sleep(0.001)
     time.sleep(QUIET_S)
     assert not any(lane.woke.is_set() for lane in lanes)
     return lanes

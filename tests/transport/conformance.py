@@ -42,7 +42,7 @@ class Backend:
     stranger: Callable[[], Transport] | None = None
     gate_sees_reads: bool = True
     frozen_source_stalls: bool = True
-    connect_s: float = 1.0
+    connect_s: float = 5.0
 
 
 class Pair:
@@ -308,7 +308,7 @@ class Conformance:
         began = time.monotonic()
         with pytest.raises(PeerStalled):
             read.wait(soon(0.4))
-        assert 0.3 < time.monotonic() - began < 1.5
+        assert 0.3 < time.monotonic() - began < 5
         connection.fence(soon())
 
     def test_h32_a_fenced_source_that_goes_on_later_writes_nothing(

@@ -26,7 +26,7 @@ class TestNixl(Conformance):
             stranger=nixl_backends.nixl_stranger,
             gate_sees_reads=NixlTransport.GATE_SEES_READS,
             frozen_source_stalls=OVER_TCP,
-            connect_s=3.0,
+            connect_s=8.0,
         )
 
     def test_h32_a_fenced_source_that_goes_on_later_writes_nothing(

@@ -102,8 +102,8 @@ def test_draining_waits_for_uses_and_refuses_new_ones() -> None:
 
     with thread(use):
         inside.wait(10)
-        threading.Timer(0.1, leave.set).start()
         began = time.monotonic()
+        threading.Timer(0.1, leave.set).start()
         book.drain(held, soon())
         assert time.monotonic() - began > 0.05
     book.drain(held, soon())

@@ -123,7 +123,7 @@ def test_h39_a_source_that_trickles_cannot_stretch_the_deadline() -> None:
         began = time.monotonic()
         with pytest.raises(PeerStalled):
             connection.read(Span(0, 1000), into).wait(soon(0.3))
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 5.0  # all of it takes ten seconds
         transport.close()
 
 
@@ -148,18 +148,22 @@ def test_a_source_that_accepts_and_says_nothing_is_bounded() -> None:
         began = time.monotonic()
         with pytest.raises(PeerStalled):
             TcpTransport(SECRET).connect(endpoint, LEASE, soon(0.3))
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 5.0
 
 
 # --- hostile clients ----------------------------------------------------------------------------------------------
 
 
+GREETING_S = 1.0
+IDLE_S = 2.0
+
+
 class Source:
-    """A healthy source with quick bounds."""
+    """A healthy source with quick bounds, that an honest reader keeps on a busy machine, too."""
 
     def __init__(self, port: int = 0) -> None:
         self.gate = Gate()
-        settings = TcpSettings(greeting_s=0.4, greetings=4, sessions=20, idle_s=1.0)
+        settings = TcpSettings(greeting_s=GREETING_S, greetings=4, sessions=20, idle_s=IDLE_S)
         self.transport = TcpTransport(SECRET, self.gate, port=port, settings=settings)
         self.memory, self.parts = space(pattern(32 * MIB), 3)
         self.registration = self.gate.registration = self.transport.register(self.memory)
@@ -190,8 +194,8 @@ def source() -> Iterator[Source]:
 
 
 def drained(client: socket.socket) -> bytes:
-    """All that comes before the end of the stream, which must come within 3 s."""
-    client.settimeout(3)
+    """All that comes before the end of the stream, which must come within 10 s."""
+    client.settimeout(10)
     received = b""
     try:
         while some := client.recv(65536):
@@ -226,9 +230,9 @@ def test_h39_a_slow_greeting_is_ended_in_bounded_time(source: Source) -> None:
                 client.sendall(bytes([byte]))
             except OSError:
                 break
-            time.sleep(0.05)
+            time.sleep(10 * GREETING_S / frames.HELLO_BYTES)
         assert drained(client) == b""
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 5 * GREETING_S  # half of what all of it takes
     source.assert_healthy()
 
 
@@ -253,7 +257,7 @@ def test_h39_a_request_outside_the_protocol_ends_the_client(source: Source, requ
     stream = source.greeted()
     stream.send(deque([memoryview(request_bytes)]))
     with pytest.raises(OSError, match=r"ended|reset"):
-        stream.receive_exactly(1, soon(3))
+        stream.receive_exactly(1, soon())
     stream.close()
     assert source.gate.asked == []
     source.assert_healthy()
@@ -313,11 +317,11 @@ def test_h28_an_endpoint_of_another_incarnation_is_refused(source: Source) -> No
 
 
 def test_a_silent_client_is_let_go(source: Source) -> None:
-    stream = source.greeted()
     began = time.monotonic()
+    stream = source.greeted()
     with pytest.raises(OSError, match=r"ended|reset"):
-        stream.receive_exactly(1, soon(5))
-    assert 0.5 < time.monotonic() - began < 3
+        stream.receive_exactly(1, soon(20))
+    assert IDLE_S / 2 < time.monotonic() - began < 10
     stream.close()
 
 
@@ -327,7 +331,7 @@ def test_h29_a_reader_that_takes_nothing_cannot_hold_the_memory(source: Source) 
     stream.receive_exactly(frames.ANSWER_BYTES, soon())  # sending has begun, and stops where the buffers are full
     began = time.monotonic()
     source.transport.deregister(source.registration, soon(0.3))
-    assert 0.25 < time.monotonic() - began < 1.5
+    assert 0.25 < time.monotonic() - began < 5
     for part in source.parts:
         part[:] = 0xEE
     landed = bytearray()
@@ -386,7 +390,7 @@ def test_h44_an_endpoint_that_cannot_be_reached_is_bounded_and_named() -> None:
     began = time.monotonic()
     with pytest.raises((PeerLost, PeerStalled), match=r"192\.0\.2\.1:9.*127\.0\.0\.1:9"):
         TcpTransport(SECRET).connect(endpoint, LEASE, soon(0.6))
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 6  # the kernel alone gives up after minutes
 
 
 def test_h44_the_next_address_is_tried(source: Source) -> None:

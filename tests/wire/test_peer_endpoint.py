@@ -163,11 +163,11 @@ def test_a_peer_that_accepts_and_says_nothing_is_stalled_within_the_bound() -> N
 
 def test_a_progress_stream_that_falls_silent_is_stalled(client: PeerClient) -> None:
     began = time.monotonic()
-    stream = client.progress(b"silent", stall_s=0.5)
+    stream = client.progress(b"silent", stall_s=2.0)
     assert [update.version for update in itertools.islice(stream, 3)] == [1, 2, 3]
     with pytest.raises(PeerStalled):
         next(stream)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
 
 
 def watching() -> list[threading.Thread]:
@@ -176,7 +176,7 @@ def watching() -> list[threading.Thread]:
 
 def test_one_thread_watches_over_a_progress_stream_and_ends_with_it(client: PeerClient) -> None:
     before = set(watching())
-    stream = client.progress(b"endless", stall_s=0.5)
+    stream = client.progress(b"endless", stall_s=3.0)
     ours = set[threading.Thread]()
     for _ in range(8):
         next(stream)
@@ -184,14 +184,14 @@ def test_one_thread_watches_over_a_progress_stream_and_ends_with_it(client: Peer
     assert len(ours) == 1
     stream.close()  # type: ignore[attr-defined]
     (thread,) = ours
-    thread.join(5)
+    thread.join(20)
     assert not thread.is_alive()
 
 
 def test_a_reader_that_is_busy_itself_does_not_hold_the_source_for_stalled(client: PeerClient) -> None:
-    stream = client.progress(b"endless", stall_s=0.4)
+    stream = client.progress(b"endless", stall_s=1.5)
     next(stream)
-    time.sleep(1.0)
+    time.sleep(2.0)
     assert next(stream).generation == 3
 
 

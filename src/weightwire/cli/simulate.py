@@ -13,8 +13,7 @@ from rich.table import Table
 
 from weightwire.cli.frame import JsonOption, VerboseOption, begin, out
 from weightwire.metadata.selection import CHAIN
-from weightwire.simulate.plot import svg
-from weightwire.simulate.report import Outcome
+from weightwire.simulate.report import Outcome, svg
 from weightwire.simulate.report import simulate as run
 from weightwire.simulate.swarm import Plan
 

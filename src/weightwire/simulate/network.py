@@ -8,52 +8,27 @@ none of them is faster than its narrowest stage. There is no loss, and no cost o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(slots=True, eq=False)
 class Stage:
-    """One direction of a link.
-
-    Attributes:
-        rate: bytes a second.
-        free: when it has served all that it was given.
-        served: bytes.
-    """
+    """One direction of a link: ``rate`` bytes a second, ``free`` when it has served all that it was given."""
 
     rate: float
     free: float = 0.0
-    served: int = 0
 
     def pass_on(self, begin: float, end: float, nbytes: int) -> tuple[float, float]:
         """What arrives here from ``begin`` to ``end``: from when to when it leaves."""
         begin = max(begin, self.free)
         self.free = max(end, begin + nbytes / self.rate)
-        self.served += nbytes
         return begin, self.free
 
 
-@dataclass(slots=True, eq=False)
-class Rack:
-    """What its hosts share towards other racks."""
-
-    up: Stage
-    down: Stage
-
-
-@dataclass(slots=True, eq=False)
-class Host:
-    """One replica's place in the network."""
-
-    up: Stage
-    down: Stage
-    rack: Rack | None = None
-
-
-def deliver(sender: Host, receiver: Host, now: float, nbytes: int) -> float:
-    """When ``nbytes`` arrive whose turn at the sender's uplink is now."""
-    begin, end = now, now + nbytes / sender.up.rate
-    if sender.rack is not receiver.rack and sender.rack is not None and receiver.rack is not None:
-        begin, end = sender.rack.up.pass_on(begin, end, nbytes)
-        begin, end = receiver.rack.down.pass_on(begin, end, nbytes)
-    return receiver.down.pass_on(begin, end, nbytes)[1]
+def deliver(path: Sequence[Stage], now: float, nbytes: int) -> float:
+    """When ``nbytes`` are at the end of ``path`` whose turn at its first stage, the sender's uplink, is now."""
+    begin, end = now, now + nbytes / path[0].rate
+    for stage in path[1:]:
+        begin, end = stage.pass_on(begin, end, nbytes)
+    return end

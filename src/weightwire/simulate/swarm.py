@@ -1,20 +1,21 @@
 """Newcomers that fill themselves from sources and from each other, as real ones do, but for the bytes.
 
 Where each reads is decided by ``metadata.selection`` and what it asks for by ``target.schedule``: the very code of real
-loads, under the clock of a :class:`~weightwire.simulate.world.World`.
+loads, under a virtual clock.
 """
 
 from __future__ import annotations
 
-import bisect
 import heapq
+import itertools
+import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from weightwire.manifest.records import Leaf
-from weightwire.metadata.selection import CHAIN, Seat, seated
-from weightwire.simulate.network import Host, Rack, Stage, deliver
-from weightwire.simulate.world import World
+from weightwire.metadata.selection import CHAIN, ROOT_SOURCES, seated
+from weightwire.simulate.network import Stage, deliver
 from weightwire.target.schedule import Flight, Lane, Next, Schedule
 from weightwire.target.shares import Share
 from weightwire.types import Span, TensorClass
@@ -25,302 +26,229 @@ ASK_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is simulated; seconds, bytes, and bytes a second.
+    """What is simulated; seconds, bytes, and bytes a second."""
 
-    Attributes:
-        replicas: newcomers.
-        nbytes: of the shard.
-        rate: of each link, in each direction.
-        sources: complete replicas at the beginning.
-        chunk: bytes asked for at a time; one leaf each.
-        cap: what one source gives away at most; 0 for no bound.
-        racks: how many; 0 for a network without bottlenecks between hosts. Hosts are dealt out to them in turn.
-        oversubscription: what a rack's hosts could send together, over its link to the others.
-        slow: share of the newcomers that have slow links.
-        slow_factor: how many times slower.
-        deaths: share of the newcomers that die, once, while they could be loading.
-        rejoin_s: so long after, another replica starts in its place; 0 for never.
-        spread_s: newcomers arrive in this time; 0 for all at once.
-        latency_s: from a leaf's arrival until another may have asked for it.
-        heal_s: from a death until those who read there have found another.
-        chain: most relays that form a chain; see ``metadata.selection``.
-        star: everybody reads from the sources alone, for comparison.
-        seed: of deaths, slow ones and arrivals.
-    """
-
-    replicas: int
-    nbytes: int = 90_000_000_000
-    rate: float = 50e9
-    sources: int = 1
-    chunk: int = 0
-    cap: float = 0.0
-    racks: int = 0
-    oversubscription: float = 1.0
-    slow: float = 0.0
-    slow_factor: float = 4.0
-    deaths: float = 0.0
-    rejoin_s: float = 0.0
-    spread_s: float = 0.0
-    latency_s: float = 0.0005
-    heal_s: float = 0.05
-    chain: int = CHAIN
-    star: bool = False
-    seed: int = 0
+    replicas: int  # newcomers
+    nbytes: int = 90_000_000_000  # of the shard
+    rate: float = 50e9  # of each link, in each direction
+    sources: int = 1  # complete replicas at the beginning
+    chunk: int = 0  # bytes asked for at a time, one leaf each; 0 for that of a real load, or larger
+    cap: float = 0.0  # what one source gives away at most; 0 for no bound
+    racks: int = 0  # hosts are dealt out to so many in turn; 0 for a network without bottlenecks between hosts
+    oversubscription: float = 1.0  # what a rack's hosts could send together, over its link to the others
+    slow: float = 0.0  # share of the newcomers that have slow links
+    slow_factor: float = 4.0  # how many times slower
+    deaths: float = 0.0  # share of the newcomers that die, once, while they could be loading
+    rejoin_s: float = 0.0  # so long after, another replica starts in its place; 0 for never
+    spread_s: float = 0.0  # newcomers arrive in this time; 0 for all at once
+    latency_s: float = 0.0005  # from a leaf's arrival until another may have asked for it
+    heal_s: float = 0.05  # from a death until those who read there have found another
+    chain: int = CHAIN  # most relays that form a chain; see ``metadata.selection``
+    star: bool = False  # everybody reads from the sources alone, for comparison
+    seed: int = 0  # of deaths, slow ones and arrivals
 
     @property
     def rack_rate(self) -> float:
         """Of a rack's link to the others, in each direction."""
-        return self.rate * (self.replicas + self.sources) / self.racks / self.oversubscription
+        return self.rate * (self.replicas + self.sources) / max(1, self.racks) / self.oversubscription
+
+    @property
+    def bound_s(self) -> float:
+        """One copy must pass a newcomer's link, leave the sources, and enter each rack over its link."""
+        rack = self.rack_rate if self.racks > 1 else math.inf
+        return self.nbytes / min(self.rate, self.sources * (self.cap or self.rate), rack)
 
 
 @dataclass(slots=True, eq=False)
 class Link:
-    """One peer of a newcomer.
+    """One peer of a newcomer."""
 
-    Attributes:
-        reads: under way there.
-        connection: how many were fenced before this one.
-        gone: it is asked for nothing any more.
-    """
-
+    reader: Replica
     peer: Replica
-    seat: Seat
+    share: Share
     lane: Lane
-    reads: int = 0
-    connection: int = 0
-    gone: bool = False
+    path: tuple[Stage, ...]  # from the peer's uplink to the reader's downlink
+    reads: set[Flight] = field(default_factory=set)  # under way there, and not fenced
+    gone: bool = False  # it is asked for nothing any more
 
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """One replica; ``schedule`` is None for one that was complete from the start."""
+    """One replica."""
 
     number: int
-    host: Host
+    up: Stage
+    down: Stage
+    rack: tuple[Stage, Stage]  # what leaves it and what enters it
+    schedule: Schedule  # in which nothing is missing if it was complete from the start
     joined: float
-    schedule: Schedule | None = None
-    slow: bool = False
-    alive: bool = True
     ready: float | None = None
-    links: list[Link] = field(default_factory=list)
-    readers: list[tuple[Replica, Link]] = field(default_factory=list)
+    alive: bool = True
+    links: list[Link] = field(default_factory=list)  # to all that it ever read from, by their numbers in the schedule
+    readers: list[Link] = field(default_factory=list)  # of those that read from it now
+    sent: int = 0  # bytes
 
 
 class Swarm:
-    """One simulation; ``run`` it once.
+    """One simulation: ``run`` it once. ``replicas`` are all that there ever were, the sources first.
 
-    Attributes:
-        replicas: all that there ever were, the sources first.
-        sources: the first of them.
-        world: its clock and count of events.
+    Whatever takes time is a process: an iterator that yields when it is to go on.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.world = World()
-        self._random = random.Random(plan.seed)  # noqa: S311  (no secret)
-        count = -(-plan.nbytes // plan.chunk)
-        spans = (Span(at * plan.chunk, min(plan.chunk, plan.nbytes - at * plan.chunk)) for at in range(count))
+        self.now, self.events = 0.0, 0
+        self._later: list[tuple[float, int, Iterator[float]]] = []
+        self._order = itertools.count()
+        spans = (Span(at, min(plan.chunk, plan.nbytes - at)) for at in range(0, plan.nbytes, plan.chunk))
         self._leaves = [Leaf(span, TensorClass.WEIGHT) for span in spans]
-        self._racks = [Rack(Stage(plan.rack_rate), Stage(plan.rack_rate)) for _ in range(plan.racks)]
-        capped = min(plan.cap, plan.rate) if plan.cap else plan.rate
-        self.replicas = [Replica(at, self._host(at, capped, plan.rate), 0.0, ready=0.0) for at in range(plan.sources)]
-        self.sources = tuple(self.replicas)
-        self._complete = list(self.sources)
+        self._racks = [(Stage(plan.rack_rate), Stage(plan.rack_rate)) for _ in range(max(1, plan.racks))]
+        self.replicas: list[Replica] = []
+        self._complete = [self._replica(min(plan.cap or plan.rate, plan.rate), plan.rate) for _ in range(plan.sources)]
         self._relays: list[Replica] = []
-        self._left = plan.replicas
+        self._coming = plan.replicas
         self._depth = 2 + int(plan.latency_s * plan.rate / plan.chunk)  # reads under way at each peer: enough
-        self._tick_s = max(0.02, plan.nbytes / plan.rate / 50)
+
+    def enter(self, when: float, process: Iterator[float]) -> None:
+        """Let ``process`` go on at ``when``, which is not before now; at one time, in order of entry."""
+        heapq.heappush(self._later, (when, next(self._order), process))
 
     def run(self) -> None:
-        """Until every newcomer that lives is READY, and those that are to come again are, too.
-
-        Bounded: nothing may take a thousand times as long as one copy.
-        """
+        """Until all that live are READY, also those that come again; at most a thousand times as long as one copy."""
         plan, one = self.plan, self.plan.nbytes / self.plan.rate
-        slow = set(self._random.sample(range(plan.replicas), round(plan.slow * plan.replicas)))
-        dying = set(self._random.sample(range(plan.replicas), round(plan.deaths * plan.replicas)))
+        chance = random.Random(plan.seed)  # noqa: S311  (no secret)
+        slow = set(chance.sample(range(plan.replicas), round(plan.slow * plan.replicas)))
+        dying = set(chance.sample(range(plan.replicas), round(plan.deaths * plan.replicas)))
         for at in range(plan.replicas):
-            joined = self._random.uniform(0, plan.spread_s)
-            dies = joined + self._random.uniform(0, one) if at in dying else None
-            self.world.at(joined, self._join, at in slow, dies)
-        self.world.run(1000 * one)
+            joins = chance.uniform(0, plan.spread_s)
+            rate = plan.rate / (plan.slow_factor if at in slow else 1.0)
+            self.enter(joins, self._newcomer(rate, chance.uniform(0, one) if at in dying else math.inf))
+        while (self._coming or self._relays) and self._later[0][0] <= 1000 * one:
+            self.now, _, process = heapq.heappop(self._later)
+            self.events += 1
+            if (when := next(process, None)) is not None:
+                self.enter(when, process)
 
     # ---- replicas come and go
 
-    def _host(self, number: int, up: float, down: float) -> Host:
-        return Host(Stage(up), Stage(down), self._racks[number % len(self._racks)] if self._racks else None)
+    def _replica(self, up: float, down: float, missing: int = 0) -> Replica:
+        number, schedule = len(self.replicas), Schedule(self._leaves, range(missing), self.plan.chunk)
+        rack, ready = self._racks[number % len(self._racks)], None if missing else 0.0
+        self.replicas.append(Replica(number, Stage(up), Stage(down), rack, schedule, self.now, ready))
+        return self.replicas[-1]
 
-    def _join(self, slow: bool, dies: float | None) -> None:
-        plan, number = self.plan, len(self.replicas)
-        rate = plan.rate / (plan.slow_factor if slow else 1.0)
-        schedule = Schedule(self._leaves, range(len(self._leaves)), plan.chunk)
-        made = Replica(number, self._host(number, rate, rate), self.world.now, schedule, slow)
-        self.replicas.append(made)
+    def _newcomer(self, rate: float, life_s: float) -> Iterator[float]:
+        made = self._replica(rate, rate, len(self._leaves))
+        self._coming -= 1
         self._relays.append(made)
-        self.world.at(self.world.now, self._find, made)  # those of the same moment are all there by then
-        self.world.at(self.world.now + self._tick_s, self._tick, made)
-        self.world.at(self.world.now + ASK_S, self._close_up, made, 2 * ASK_S)
-        if dies is not None:
-            self.world.at(dies, self._die, made)
+        yield self.now  # those of the same moment are all there by then
+        self._find(made)
+        self.enter(self.now + life_s, self._death(made))
+        self.enter(self.now + ASK_S, self._close_up(made))
+        while made.alive and made.ready is None:  # from time to time, what a lane with nothing to do does
+            yield self.now + max(0.02, self.plan.nbytes / self.plan.rate / 50)
+            for link in made.links:
+                self._fill(link)
+                if not link.reads:
+                    self._follow(made, made.schedule.overdue(link.lane, self.now))
 
-    def _die(self, dead: Replica) -> None:
+    def _death(self, dead: Replica) -> Iterator[float]:
         dead.alive = False
         (self._relays if dead.ready is None else self._complete).remove(dead)
-        for reader, link in dead.readers:
-            self.world.at(self.world.now + self.plan.heal_s, self._lost, reader, link)
         for link in dead.links:
-            if not link.gone:
-                self._retire(dead, link)
+            self._retire(link)
         if self.plan.rejoin_s:
-            self._left += dead.ready is not None
-            self.world.at(self.world.now + self.plan.rejoin_s, self._join, dead.slow, None)
-        elif dead.ready is None:
-            self._done()
-
-    def _lost(self, reader: Replica, link: Link) -> None:
-        assert reader.schedule is not None
-        if not link.gone and reader.alive and reader.ready is None:
-            self._retire(reader, link)
-            self._fence(reader, link)
-            self._find(reader)
-
-    def _done(self) -> None:
-        self._left -= 1
-        if not self._left:
-            self.world.stop()
+            self._coming += 1
+            self.enter(self.now + self.plan.rejoin_s, self._newcomer(dead.down.rate, math.inf))
+        yield self.now + self.plan.heal_s
+        while dead.readers:
+            lost = dead.readers[0]
+            self._retire(lost)
+            self._follow(lost.reader, Next(fence=(lost.lane,)))
+            if lost.reader.ready is None:
+                self._find(lost.reader)
 
     # ---- who reads from whom
 
-    def _find(self, asker: Replica) -> None:
-        """As a target asks the metadata server when it starts, or has lost a peer."""
-        if asker.ready is None and asker.alive:
-            self._take(asker, self._seated(asker))
-
-    def _close_up(self, asker: Replica, pause: float) -> None:
+    def _close_up(self, asker: Replica) -> Iterator[float]:
         """It asks again from time to time: in the chain, another may have its place next to it by now."""
-        if asker.alive and asker.ready is None:
-            self.world.at(self.world.now + pause, self._close_up, asker, 2 * pause)
-            seats = self._seated(asker)
-            chained = any(link.seat.parts == 1 and link.peer.ready is None for link in asker.links if not link.gone)
-            if chained and seats and seats[0][1].parts == 1:
-                self._take(asker, seats)
+        pause = ASK_S
+        while asker.alive and asker.ready is None:
+            if any(link.share.parts == 1 and link.peer.ready is None for link in asker.links if not link.gone):
+                self._find(asker, chained=True)
+            pause *= 2
+            yield self.now + pause
 
-    def _take(self, asker: Replica, seats: list[tuple[Replica, Seat]]) -> None:
-        """Open what is new, and ask nothing more of what was replaced. In trees, whoever delivers is kept."""
-        open_ = [link for link in asker.links if not link.gone]
-        kept: list[Link] = []
+    def _find(self, asker: Replica, *, chained: bool = False) -> None:
+        """As a target asks the metadata server when it starts, or has lost a peer; ``chained``: not to enter a tree.
+
+        What is new is opened, and nothing more is asked of what was replaced. In trees, whoever delivers is kept.
+        """
+        before = 0 if self.plan.star else self._relays.index(asker)
+        others = [] if self.plan.star else self._relays[:before] + self._relays[before + 1 :]
+        idle = heapq.nsmallest(ROOT_SOURCES, self._complete, key=lambda each: (len(each.readers), each.number))
+        begun = asker.schedule.verified > 0
+        seats = seated(others, before, idle, lambda each: len(each.readers), begun=begun, chain=self.plan.chain)
+        if chained and not any(seat.parts == 1 for _, seat in seats):
+            return
+        links, kept = [link for link in asker.links if not link.gone], list[Link]()
         for peer, seat in seats:
-            same = [link for link in open_ if (link.seat.part, link.seat.parts) == (seat.part, seat.parts)]
-            if seat.parts < 2 and peer.ready is None:
-                same = [link for link in same if link.peer is peer]
+            share, anyone = Share(seat.part, seat.parts), seat.parts > 1 or peer.ready is not None
+            same = [link for link in links if link.share == share and (anyone or link.peer is peer)]
             kept += same
             if not same:
-                self._open(asker, peer, seat)
-        for link in open_:
+                have = peer.schedule.verified if peer.ready is None else None
+                lane = Lane(asker.schedule.join(1, self.now, have, share), 0)
+                between = (peer.rack[0], asker.rack[1]) if peer.rack is not asker.rack else ()
+                asker.links.append(Link(asker, peer, share, lane, (peer.up, *between, asker.down)))
+                peer.readers.append(asker.links[-1])
+                self._fill(asker.links[-1])
+        for link in links:
             if link not in kept:
-                self._retire(asker, link)
+                self._retire(link)
 
-    def _seated(self, asker: Replica) -> list[tuple[Replica, Seat]]:
-        idle = heapq.nsmallest(4, self._complete, key=lambda each: (len(each.readers), each.number))
-        if self.plan.star:
-            return [(each, Seat(None)) for each in idle]
-        before = bisect.bisect_left(self._relays, asker.number, key=lambda each: each.number)
-        others = self._relays[:before] + self._relays[before + 1 :]
-        begun = asker.schedule is not None and asker.schedule.verified > 0
-        return seated(others, before, idle, lambda each: len(each.readers), begun=begun, chain=self.plan.chain)
-
-    def _open(self, asker: Replica, peer: Replica, seat: Seat) -> None:
-        assert asker.schedule is not None
-        have = None if peer.schedule is None else peer.schedule.verified
-        number = asker.schedule.join(1, self.world.now, have, Share(seat.part, seat.parts))
-        link = Link(peer, seat, Lane(number, 0))
-        asker.links.append(link)
-        peer.readers.append((asker, link))
-        self._fill(asker, link)
-
-    def _retire(self, asker: Replica, link: Link) -> None:
-        assert asker.schedule is not None
-        asker.schedule.drop(link.lane.peer)
-        link.gone = True
-        if link.peer.alive:
-            link.peer.readers.remove((asker, link))
+    def _retire(self, link: Link) -> None:
+        if not link.gone:
+            link.gone = True
+            link.reader.schedule.drop(link.lane.peer)
+            link.peer.readers.remove(link)
 
     # ---- bytes
 
-    def _fill(self, reader: Replica, link: Link) -> None:
-        schedule, world, up = reader.schedule, self.world, link.peer.host.up
-        assert schedule is not None
-        while link.reads < self._depth and not link.gone:
-            flight = schedule.claim(link.lane, world.now)
-            if flight is None:
-                return
-            link.reads += 1
-            turn = max(world.now + self.plan.latency_s, up.free)
-            up.free = turn + flight.span.nbytes / up.rate
-            world.at(turn, self._send, reader, link, flight, link.connection)
+    def _fill(self, link: Link) -> None:
+        """Ask for as much as may be under way; nothing of a peer that is gone."""
+        asked, claim = self.now + self.plan.latency_s, link.reader.schedule.claim
+        while len(link.reads) < self._depth and (flight := claim(link.lane, self.now)) is not None:
+            link.reads.add(flight)
+            turn, _ = link.path[0].pass_on(asked, asked, flight.span.nbytes)
+            self.enter(turn, self._read(link, flight))
 
-    def _send(self, reader: Replica, link: Link, flight: Flight, connection: int) -> None:
-        sender = link.peer
-        if link.connection != connection or not reader.alive:
-            return
-        if not sender.alive and link.gone:  # nobody told it: it had turned to another already
-            self._fence(reader, link)
-        elif sender.alive:
-            sender.host.up.served += flight.span.nbytes
-            there = deliver(sender.host, reader.host, self.world.now, flight.span.nbytes)
-            self.world.at(there, self._arrive, reader, link, flight, connection)
-
-    def _arrive(self, reader: Replica, link: Link, flight: Flight, connection: int) -> None:
-        schedule = reader.schedule
-        if schedule is None or reader.ready is not None or not reader.alive or link.connection != connection:
-            return
-        link.reads -= 1
-        self._follow(reader, schedule.arrived(flight, self.world.now))
-        self._show(reader, schedule.verified)
-        if schedule.finished:
-            self._ready(reader)
-        else:
-            self._fill(reader, link)
-
-    def _show(self, relay: Replica, leaves: int) -> None:
-        for other, link in relay.readers:
-            if other.ready is None and other.schedule is not None:
-                other.schedule.offers(link.lane.peer, leaves)
-                self._fill(other, link)
-
-    def _ready(self, done: Replica) -> None:
-        done.ready = self.world.now
-        self._relays.remove(done)
-        self._complete.append(done)
-        for link in done.links:
-            if not link.gone:
-                self._retire(done, link)
-        self._done()
+    def _read(self, link: Link, flight: Flight) -> Iterator[float]:
+        """From its turn at the uplink on."""
+        reader, sender = link.reader, link.peer
+        if sender.alive and reader.alive and flight in link.reads:
+            sender.sent += flight.span.nbytes
+            yield deliver(link.path, self.now, flight.span.nbytes)
+            if reader.alive and reader.ready is None and flight in link.reads:
+                link.reads.remove(flight)
+                self._follow(reader, reader.schedule.arrived(flight, self.now))
+                for onward in reader.readers:
+                    onward.reader.schedule.offers(onward.lane.peer, reader.schedule.verified)
+                    self._fill(onward)
+                self._fill(link)
+        elif link.gone and reader.alive and flight in link.reads:  # nobody told it: it had turned to another already
+            self._follow(reader, Next(fence=(link.lane,)))
 
     def _follow(self, reader: Replica, todo: Next) -> None:
-        assert reader.schedule is not None
+        """Do what the schedule asks for; a newcomer that has everything then is READY."""
         for flight in todo.copy:
             reader.schedule.copied(flight)
         for lane in todo.fence:
-            self._fence(reader, reader.links[lane.peer])
-
-    def _fence(self, reader: Replica, link: Link) -> None:
-        assert reader.schedule is not None
-        link.connection += 1
-        link.reads = 0
-        self._follow(reader, reader.schedule.released(link.lane))
-
-    def _tick(self, reader: Replica) -> None:
-        """What a lane with nothing to do does from time to time."""
-        schedule = reader.schedule
-        if schedule is None or not reader.alive or reader.ready is not None:
-            return
-        for link in reader.links:
-            self._fill(reader, link)
-            if not link.reads and not link.gone:
-                self._follow(reader, schedule.overdue(link.lane, self.world.now))
-        if schedule.finished:
-            self._ready(reader)
-        else:
-            self.world.at(self.world.now + self._tick_s, self._tick, reader)
+            reader.links[lane.peer].reads.clear()
+            self._follow(reader, reader.schedule.released(lane))
+        if reader.schedule.finished and reader.ready is None:
+            reader.ready = self.now
+            self._relays.remove(reader)
+            self._complete.append(reader)
+            for link in reader.links:
+                self._retire(link)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -89,8 +90,9 @@ class Joined:
         rows = np.column_stack((_addresses(ours, here, begins), _addresses(theirs, there, begins), sizes))
         ways = ours.homes[here] * len(theirs.devices) + theirs.homes[there]
         starts = self._starts(rows, ways)
-        self._begins, self._ways = begins[starts], ways[starts]
         self._rows = np.column_stack((rows[starts, :2], np.diff(begins[starts], append=self.span.end)))
+        self._begins: list[int] = begins[starts].tolist()
+        self._ways: list[int] = ways[starts].tolist()
 
     def pieces(self, span: Span) -> Iterator[Piece]:
         """What moves the bytes of ``span`` to their places.
@@ -101,19 +103,20 @@ class Joined:
         if span.offset < self.span.offset or span.end > self.span.end:
             raise IndexError(f"bytes {span.offset}..{span.end} are outside {self.span.offset}..{self.span.end}")
         if not span.nbytes:
-            return iter(())
-        first = int(np.searchsorted(self._begins, span.offset, "right")) - 1
-        last = int(np.searchsorted(self._begins, span.end, "left"))
-        rows, ways = self._rows[first:last].copy(), self._ways[first:last]
-        rows[-1, 2] -= self._begins[last - 1] + self._rows[last - 1, 2] - span.end
-        rows[0] += np.array((1, 1, -1)) * (span.offset - self._begins[first])
-        return self._of_ways(rows, ways)
-
-    def _of_ways(self, rows: Rows, ways: Numbers) -> Iterator[Piece]:
-        ends = [*(np.flatnonzero(np.diff(ways)) + 1).tolist(), len(rows)]
-        for begin, end in itertools.pairwise([0, *ends]):
-            local, remote = self._names[ways[begin]]
-            yield from _pieces(local, remote, rows[begin:end])
+            return
+        # Asked between two copies of megabytes, when no code is in cache: a few steps, and of arrays as few as may be.
+        first = bisect.bisect_right(self._begins, span.offset) - 1
+        last = bisect.bisect_left(self._begins, span.end, first)
+        rows = self._rows[first:last].copy()
+        rows[-1, 2] = span.end - self._begins[last - 1]
+        if before := span.offset - self._begins[first]:
+            rows[0] += (before, before, -before)
+        at, ways = 0, self._ways[first:last]
+        for way, same in itertools.groupby(ways) if len(set(ways)) > 1 else [(ways[0], ways)]:
+            local, remote = self._names[way]
+            end = at + len(list(same))
+            yield from _pieces(local, remote, rows[at:end])
+            at = end
 
     def _starts(self, rows: Rows, ways: Numbers) -> npt.NDArray[np.intp]:
         """Rows that follow each other on both sides are one: here, those that do not follow the one before.

@@ -168,9 +168,13 @@ class Session:
 
 
 def _give_way() -> None:
-    """Let what this process computes go first on a busy core: on Linux each thread has a niceness of its own."""
+    """Let what this process computes go first on a busy core: on Linux each thread has a niceness of its own.
+
+    Added to the process's: one that is nicer itself would serve before it computes, where it may raise a priority.
+    """
     with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)  # 19 is the end
 
 
 class Server:
