@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from weightwire.errors import CatalogueError
 from weightwire.manifest.device_memory import tensor_at
 from weightwire.manifest.dtypes import ITEM_BYTES
-from weightwire.manifest.orders import canonical_dims
+from weightwire.manifest.orders import ascending, canonical_dims
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -84,12 +84,13 @@ def measure(name: str, tensor: torch.Tensor) -> Footprint:
     if dtype not in ITEM_BYTES:
         raise CatalogueError(f"{name} has dtype {dtype}, whose bytes have no agreed meaning", "store it as integers")
     if tensor.numel() == 0:
-        return Footprint(str(tensor.device), 0, 0, 0, dtype, shape, stride, tuple(range(len(shape))))
+        return Footprint(str(tensor.device), 0, 0, 0, dtype, shape, stride, ascending(len(shape)))
     item = ITEM_BYTES[dtype]
     if tensor.is_contiguous():
         nbytes = tensor.numel() * item
-        order = tuple(range(len(shape)))
-        return Footprint(_device(tensor), tensor.data_ptr(), nbytes, nbytes, dtype, shape, stride, order)
+        return Footprint(
+            _device(tensor), tensor.data_ptr(), nbytes, nbytes, dtype, shape, stride, ascending(len(shape))
+        )
     order = _memory_order(shape, stride)
     _refuse_shared_bytes(name, shape, stride, order)
     extent = (1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))) * item
