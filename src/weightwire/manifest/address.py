@@ -62,13 +62,19 @@ class Columns(NamedTuple):
     devices: tuple[str, ...]
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[int, int, int, str]]) -> Columns:
-        """Offset, address, bytes and device of each segment, as arrays."""
-        devices = tuple(dict.fromkeys(row[3] for row in rows))
-        number = {device: at for at, device in enumerate(devices)}
-        offsets, addresses, sizes = (np.fromiter((row[at] for row in rows), np.int64, len(rows)) for at in range(3))
-        homes = np.fromiter((number[row[3]] for row in rows), np.int64, len(rows))
-        return cls(offsets, addresses, sizes, homes, devices)
+    def of(
+        cls,
+        addresses: Sequence[int],
+        sizes: Sequence[int],
+        devices: Sequence[str],
+        offsets: Sequence[int] | None = None,
+    ) -> Columns:
+        """Of equally many; ``offsets``: by default each follows the one before, from 0 on."""
+        names = tuple(dict.fromkeys(devices))
+        number = {device: at for at, device in enumerate(names)}
+        where, nbytes = (np.fromiter(each, np.int64, len(sizes)) for each in (addresses, sizes))
+        begins = np.cumsum(nbytes) - nbytes if offsets is None else np.fromiter(offsets, np.int64, len(sizes))
+        return cls(begins, where, nbytes, np.fromiter(map(number.__getitem__, devices), np.int64, len(sizes)), names)
 
     def part(self, first: int, last: int) -> Columns:
         """A copy of the segments numbered ``[first, last)``."""
@@ -98,7 +104,12 @@ class AddressSpace:
 
     def __init__(self, segments: Sequence[Segment] | Columns, regions: Sequence[Region], owners: object) -> None:
         if not isinstance(segments, Columns):
-            segments = Columns.of([(each.offset, each.address, each.nbytes, each.device) for each in segments])
+            segments = Columns.of(
+                [each.address for each in segments],
+                [each.nbytes for each in segments],
+                [each.device for each in segments],
+                [each.offset for each in segments],
+            )
         self._columns = segments
         offsets, sizes = self._columns.offsets, self._columns.sizes
         wrong = np.flatnonzero(offsets[:-1] + sizes[:-1] != offsets[1:])

@@ -57,13 +57,16 @@ def _home(homes: Mapping[str, Entry], entry: Entry) -> Entry:
 
 
 def _places(footprints: Iterable[Footprint]) -> Columns:
-    rows, offset = [], 0
+    addresses: list[int] = []
+    sizes: list[int] = []
+    devices: list[str] = []
     for print_ in footprints:
         for address, nbytes in ((print_.address, print_.nbytes),) if print_.dense else print_.runs():
             if nbytes:
-                rows.append((offset, address, nbytes, print_.device))
-                offset += nbytes
-    return Columns.of(rows)
+                addresses.append(address)
+                sizes.append(nbytes)
+                devices.append(print_.device)
+    return Columns.of(addresses, sizes, devices)
 
 
 def _merged(found: list[Region]) -> Iterator[Region]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def measure(name: str, tensor: torch.Tensor) -> Footprint:
             its elements share bytes; names it.
     """
     _refuse_opaque(name, tensor)
-    shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+    shape, stride = _shared(tuple(tensor.shape)), _shared(tuple(tensor.stride()))
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in ITEM_BYTES:
         raise CatalogueError(f"{name} has dtype {dtype}, whose bytes have no agreed meaning", "store it as integers")
@@ -113,6 +114,12 @@ def overlap(one: Footprint, other: Footprint) -> bool:
         else:
             b = next(right, None)
     return False
+
+
+@functools.lru_cache(4096)
+def _shared(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """One object for equal ones: many thousand tensors have few shapes."""
+    return sizes
 
 
 def _refuse_opaque(name: str, tensor: torch.Tensor) -> None:

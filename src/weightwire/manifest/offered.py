@@ -10,6 +10,7 @@ import functools
 from dataclasses import dataclass
 
 from weightwire.errors import ProtocolError
+from weightwire.manifest.collection import no_collection
 from weightwire.manifest.plan import TransferPlan, check_digests, plan, validate_manifest
 from weightwire.manifest.records import DIGEST_BYTES, Layout, Manifest
 from weightwire.manifest.text import Text, read
@@ -81,6 +82,7 @@ class Offered:
         self._check_classes(found)
         return found
 
+    @no_collection()
     def plan(self, expected: Layout, *, provisional: bool = False) -> TransferPlan:
         """As ``plan.plan``, which see: how a target of layout ``expected`` is filled from this."""
         same = self.under(expected, provisional=provisional)

@@ -29,7 +29,7 @@ MAX_REASON = 1024
 
 _ENTRY = operator.attrgetter("name", "dtype", "shape", "order", "nbytes", "aliases", "views")
 _VIEW = operator.attrgetter("name", "dtype", "shape", "stride", "offset")
-_encode = json.JSONEncoder(separators=(",", ":"), default=_VIEW).encode
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_VIEW).encode
 """As ``canonical``, of entries and views as they are."""
 
 
