@@ -27,7 +27,7 @@ class Pulls:
         listing = client.find_shard(FindShard(shard_key=record.shard_key, weights_id=record.weights_id))
         self.candidate = listing.candidates[0]
         choice = Choice(stage=record.stage, replica_key=record.replica_key, weights_id=record.weights_id)
-        _, self.manifest = fetch_manifest(self.reader, self.candidate, choice, record.coordinates)
+        self.manifest = fetch_manifest(self.reader, self.candidate, choice, record.coordinates)[1].manifest
         self.nbytes = self.manifest.layout.nbytes
         self.memory: npt.NDArray[np.uint8] = np.zeros(self.nbytes, dtype=np.uint8)
         self.copy = np.zeros_like(self.memory)

@@ -148,7 +148,7 @@ class Fleet:
         record = view.record
         client = PeerClient(record.endpoints[0], record.incarnation, load_secret(self.place.state / "secret"))
         try:
-            return client.manifest(record.shard_key, timeout=END_S)[1]
+            return client.manifest(record.shard_key, timeout=END_S)[1].manifest
         finally:
             client.close()
 

@@ -19,7 +19,7 @@ from weightwire.auth import load_secret
 from weightwire.config import Settings
 from weightwire.errors import GenerationMoved, ProtocolError, PublishError
 from weightwire.loaders.member import Member
-from weightwire.manifest.address import AddressSpace, Segment
+from weightwire.manifest.address import AddressSpace, Columns
 from weightwire.manifest.catalogue import Catalogue, catalogue
 from weightwire.manifest.digest import digest_leaves
 from weightwire.manifest.records import Entry, Layout, Manifest
@@ -298,11 +298,11 @@ class Sluggish(AddressSpace):
         super().__init__(memory.segments, memory.regions, memory.owners)
         self.go, self.waiting, self.asked = threading.Event(), threading.Event(), 0
 
-    def slices(self, span: Span) -> list[Segment]:
+    def columns(self, span: Span) -> Columns:
         self.asked += 1
         self.waiting.set()
         assert self.go.wait(20)
-        return super().slices(span)
+        return super().columns(span)
 
 
 @pytest.mark.parametrize("end", [Publication.pause, Publication.withdraw])

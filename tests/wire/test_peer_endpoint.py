@@ -18,6 +18,7 @@ from weightwire.errors import (
     TransferError,
     WeightwireError,
 )
+from weightwire.manifest.offered import Offered
 from weightwire.wire.listen import numeric
 from weightwire.wire.messages import OpenRead
 from weightwire.wire.peer_client import PeerClient
@@ -57,7 +58,7 @@ def ask(content_id: str, incarnation: str = "life-0") -> OpenRead:
 
 def test_all_calls_of_a_reader(client: PeerClient, peer: SamplePeer) -> None:
     assert client.status("shard-0").content_id == peer.shown.content_id
-    assert client.manifest("shard-0") == (header(peer.shown), peer.shown)
+    assert client.manifest("shard-0") == (header(peer.shown), Offered.of(peer.shown))
     grant = client.open_read(ask(peer.shown.content_id))
     assert (grant.generation, sorted(grant.endpoints)) == (3, ["inproc", "tcp"])
     updates = list(client.progress(grant.lease))

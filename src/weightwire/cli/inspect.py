@@ -148,7 +148,7 @@ def _fetch(name: str, record: PublicationRecord, key: Secret) -> Document:
             client.close()
         identity = Identity.from_dict(json.loads(record.identity)) if record.identity else None
         about = describe(record, header, record.incarnation)
-        return Document(name=name, identity=identity, manifest=manifest, about=about)
+        return Document(name=name, identity=identity, manifest=manifest.manifest, about=about)
     raise failure
 
 

@@ -108,7 +108,7 @@ class LiveCheckpointLoader:
             if stage is Stage.PROCESSED:
                 post_load.prepare_processed(model)
             names = self.names()
-            declared.apply(module_paths(model, names.modules), receiver.manifest.layout.state)
+            declared.apply(module_paths(model, names.modules), receiver.state)
             described = catalogue(model, names)
         except WeightwireError as error:
             receiver.decline(error)

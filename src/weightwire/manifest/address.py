@@ -6,9 +6,6 @@ logical offsets, so a request names logical bytes and each side finds its own me
 
 from __future__ import annotations
 
-import bisect
-import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -64,10 +61,31 @@ class Columns(NamedTuple):
     homes: Numbers
     devices: tuple[str, ...]
 
+    @classmethod
+    def of(
+        cls,
+        addresses: Sequence[int],
+        sizes: Sequence[int],
+        devices: Sequence[str],
+        offsets: Sequence[int] | None = None,
+    ) -> Columns:
+        """Of equally many; ``offsets``: by default each follows the one before, from 0 on."""
+        names = tuple(dict.fromkeys(devices))
+        number = {device: at for at, device in enumerate(names)}
+        where, nbytes = (np.fromiter(each, np.int64, len(sizes)) for each in (addresses, sizes))
+        begins = np.cumsum(nbytes) - nbytes if offsets is None else np.fromiter(offsets, np.int64, len(sizes))
+        return cls(begins, where, nbytes, np.fromiter(map(number.__getitem__, devices), np.int64, len(sizes)), names)
+
     def part(self, first: int, last: int) -> Columns:
         """A copy of the segments numbered ``[first, last)``."""
         offsets, addresses = self.offsets[first:last].copy(), self.addresses[first:last].copy()
         return Columns(offsets, addresses, self.sizes[first:last].copy(), self.homes[first:last].copy(), self.devices)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """As objects, made anew."""
+        rows = zip(*(each.tolist() for each in self[:4]), strict=True)
+        return [Segment(offset, address, nbytes, self.devices[home]) for offset, address, nbytes, home in rows]
 
 
 class AddressSpace:
@@ -76,7 +94,7 @@ class AddressSpace:
     Immutable. The memory stays valid while the object lives, because it holds the tensors.
 
     Args:
-        segments: ascending by offset, each beginning where the one before ends.
+        segments: ascending by offset, each beginning where the one before ends. Arrays are kept, not copied.
         regions: the allocations that all segments lie in, disjoint.
         owners: whatever keeps the memory alive (tensors, storages).
 
@@ -84,22 +102,47 @@ class AddressSpace:
         ValueError: segments that do not follow each other (a programmer's error).
     """
 
-    def __init__(self, segments: Sequence[Segment], regions: Sequence[Region], owners: object) -> None:
-        for before, after in itertools.pairwise(segments):
-            if before.offset + before.nbytes != after.offset:
-                raise ValueError(f"segments do not follow each other at offset {after.offset}")
-        self.segments = tuple(segments)
+    def __init__(self, segments: Sequence[Segment] | Columns, regions: Sequence[Region], owners: object) -> None:
+        if not isinstance(segments, Columns):
+            segments = Columns.of(
+                [each.address for each in segments],
+                [each.nbytes for each in segments],
+                [each.device for each in segments],
+                [each.offset for each in segments],
+            )
+        self._columns = segments
+        offsets, sizes = self._columns.offsets, self._columns.sizes
+        wrong = np.flatnonzero(offsets[:-1] + sizes[:-1] != offsets[1:])
+        if len(wrong):
+            raise ValueError(f"segments do not follow each other at offset {offsets[wrong[0] + 1]}")
+        self.span = Span(int(offsets[0]), int(offsets[-1] + sizes[-1] - offsets[0])) if len(offsets) else Span(0, 0)
+        """What is covered; zero bytes at offset 0 for an empty space."""
         self.regions = tuple(regions)
         self.owners = owners
-        self._offsets = [segment.offset for segment in self.segments]
 
     @property
-    def span(self) -> Span:
-        """What is covered; zero bytes at offset 0 for an empty space."""
-        if not self.segments:
-            return Span(0, 0)
-        last = self.segments[-1]
-        return Span(self.segments[0].offset, last.offset + last.nbytes - self.segments[0].offset)
+    def segments(self) -> tuple[Segment, ...]:
+        """All of them as objects, made anew: not for every read of a large shard."""
+        return tuple(self._columns.segments)
+
+    @property
+    def all(self) -> Columns:
+        """All of them as arrays, only to be read."""
+        return self._columns
+
+    def devices(self, span: Span | None = None) -> set[str]:
+        """Where the bytes of ``span`` (all by default) lie.
+
+        Raises:
+            IndexError: ``span`` is not inside this space.
+        """
+        used = self._columns if span is None else self.columns(span)
+        return {used.devices[home] for home in np.unique(used.homes)}
+
+    def lies_as(self, other: AddressSpace) -> bool:
+        """Whether every logical byte of both lies at the same place."""
+        mine, theirs = self._columns, other._columns
+        return mine.devices == theirs.devices and all(map(np.array_equal, mine[:4], theirs[:4]))
 
     def columns(self, span: Span) -> Columns:
         """``slices`` as arrays, which are the caller's own.
@@ -110,22 +153,15 @@ class AddressSpace:
         if span.nbytes == 0:
             return self._columns.part(0, 0)
         self.check(span)
-        first = bisect.bisect_right(self._offsets, span.offset) - 1
-        part = self._columns.part(first, bisect.bisect_left(self._offsets, span.end, first))
+        offsets = self._columns.offsets
+        first = int(np.searchsorted(offsets, span.offset, "right")) - 1
+        part = self._columns.part(first, int(np.searchsorted(offsets, span.end, "left")))
         before = span.offset - part.offsets[0]
         part.offsets[0] += before
         part.addresses[0] += before
         part.sizes[0] -= before
         part.sizes[-1] = span.end - part.offsets[-1]
         return part
-
-    @functools.cached_property
-    def _columns(self) -> Columns:
-        devices = tuple(dict.fromkeys(segment.device for segment in self.segments))
-        home = {device: at for at, device in enumerate(devices)}
-        rows = [(s.offset, s.address, s.nbytes, home[s.device]) for s in self.segments]
-        table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-        return Columns(table[:, 0], table[:, 1], table[:, 2], table[:, 3], devices)
 
     def check(self, span: Span) -> None:
         """Raise ``IndexError`` if ``span`` is not inside this space."""
@@ -138,18 +174,4 @@ class AddressSpace:
         Raises:
             IndexError: ``span`` is not inside this space.
         """
-        if span.nbytes == 0:
-            return []
-        self.check(span)
-        found = []
-        at = bisect.bisect_right(self._offsets, span.offset) - 1
-        while at < len(self.segments) and self.segments[at].offset < span.end:
-            found.append(_clip(self.segments[at], span))
-            at += 1
-        return found
-
-
-def _clip(segment: Segment, span: Span) -> Segment:
-    begin = max(segment.offset, span.offset)
-    end = min(segment.offset + segment.nbytes, span.end)
-    return Segment(begin, segment.address + begin - segment.offset, end - begin, segment.device)
+        return self.columns(span).segments

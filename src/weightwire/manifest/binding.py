@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from weightwire.errors import ManifestMismatch
-from weightwire.manifest.address import AddressSpace, Region, Segment
+from weightwire.manifest.address import AddressSpace, Columns, Region
 from weightwire.manifest.footprint import Footprint
 from weightwire.manifest.records import Entry, Layout
 
@@ -28,11 +28,12 @@ def bind(
     Raises:
         ManifestMismatch: an entry of ``layout`` is unknown here or has another size.
     """
-    homes = {name: entry for entry in own.entries for name in (entry.name, *entry.aliases)}
-    used = [_home(homes, entry) for entry in layout.entries]
-    segments = list(_segments(footprints[entry.name] for entry in used))
+    used = own.entries
+    if layout is not own:
+        homes = {name: entry for entry in own.entries for name in (entry.name, *entry.aliases)}
+        used = tuple(_home(homes, entry) for entry in layout.entries)
     owners = [tensors[entry.name] for entry in used]
-    return AddressSpace(segments, regions(owners), owners)
+    return AddressSpace(_places(footprints[entry.name] for entry in used), regions(owners), owners)
 
 
 def regions(tensors: Iterable[torch.Tensor]) -> list[Region]:
@@ -40,11 +41,12 @@ def regions(tensors: Iterable[torch.Tensor]) -> list[Region]:
     found = set()
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        if storage.nbytes() and tensor.numel():
+        nbytes = storage.nbytes()
+        if nbytes and tensor.numel():
             device = tensor.device
-            label = device.type if device.type == "cpu" else f"{device.type}:{device.index or 0}"
-            found.add(Region(storage.data_ptr(), storage.nbytes(), label))
-    return list(_merged(sorted(found, key=lambda r: (r.device, r.address))))
+            label = "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+            found.add((label, storage.data_ptr(), nbytes))
+    return list(_merged([Region(address, nbytes, label) for label, address, nbytes in sorted(found)]))
 
 
 def _home(homes: Mapping[str, Entry], entry: Entry) -> Entry:
@@ -54,12 +56,17 @@ def _home(homes: Mapping[str, Entry], entry: Entry) -> Entry:
     return home
 
 
-def _segments(footprints: Iterable[Footprint]) -> Iterator[Segment]:
-    offset = 0
+def _places(footprints: Iterable[Footprint]) -> Columns:
+    addresses: list[int] = []
+    sizes: list[int] = []
+    devices: list[str] = []
     for print_ in footprints:
-        for address, nbytes in print_.runs():
-            yield Segment(offset, address, nbytes, print_.device)
-            offset += nbytes
+        for address, nbytes in ((print_.address, print_.nbytes),) if print_.dense else print_.runs():
+            if nbytes:
+                addresses.append(address)
+                sizes.append(nbytes)
+                devices.append(print_.device)
+    return Columns.of(addresses, sizes, devices)
 
 
 def _merged(found: list[Region]) -> Iterator[Region]:

@@ -95,15 +95,18 @@ class Catalogue:
     @functools.cached_property
     def memory(self) -> AddressSpace:
         """This module's memory under its own layout's logical byte string."""
-        return self.bind(self.layout)
+        return self._bound(self.layout)
 
-    @no_collection()
     def bind(self, layout: Layout) -> AddressSpace:
         """This module's memory under ``layout``'s logical byte string; ``layout`` is one that ``plan`` accepted.
 
         Raises:
             ManifestMismatch: an entry of ``layout`` is none of this module's, or has another size.
         """
+        return self.memory if layout is self.layout else self._bound(layout)
+
+    @no_collection()
+    def _bound(self, layout: Layout) -> AddressSpace:
         return bind(self.layout, self.footprints, self.tensors, layout)
 
     def declare(self, state: State) -> None:

@@ -37,13 +37,12 @@ def digest_span(memory: AddressSpace, span: Span) -> bytes:
     Raises:
         IndexError: ``span`` is not inside ``memory``.
     """
-    segments = memory.slices(span)
-    devices = {segment.device for segment in segments}
+    devices = memory.devices(span)
     if devices <= {_HOST}:
         return HostDigests(memory, [span]).of(0, 1)
     if len(devices) == 1:
         return device_digest.digest_spans(memory, [span])
-    return digest_bytes(b"".join(_fetched(segment) for segment in segments))
+    return digest_bytes(b"".join(_fetched(segment) for segment in memory.slices(span)))
 
 
 def digest_bytes(data: bytes | bytearray | memoryview) -> bytes:
@@ -157,7 +156,7 @@ def _device(memory: AddressSpace, leaves: Sequence[Leaf]) -> str:
     if not leaves:
         return _HOST
     begin, end = min(leaf.span.offset for leaf in leaves), max(leaf.span.end for leaf in leaves)
-    devices = {segment.device for segment in memory.slices(Span(begin, end - begin))}
+    devices = memory.devices(Span(begin, end - begin))
     return _MIXED if len(devices) > 1 else next(iter(devices), _HOST)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from weightwire.errors import CatalogueError
 from weightwire.manifest.device_memory import tensor_at
 from weightwire.manifest.dtypes import ITEM_BYTES
-from weightwire.manifest.orders import canonical_dims
+from weightwire.manifest.orders import ascending, canonical_dims
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -79,17 +80,18 @@ def measure(name: str, tensor: torch.Tensor) -> Footprint:
             its elements share bytes; names it.
     """
     _refuse_opaque(name, tensor)
-    shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+    shape, stride = _shared(tuple(tensor.shape)), _shared(tuple(tensor.stride()))
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in ITEM_BYTES:
         raise CatalogueError(f"{name} has dtype {dtype}, whose bytes have no agreed meaning", "store it as integers")
     if tensor.numel() == 0:
-        return Footprint(str(tensor.device), 0, 0, 0, dtype, shape, stride, tuple(range(len(shape))))
+        return Footprint(str(tensor.device), 0, 0, 0, dtype, shape, stride, ascending(len(shape)))
     item = ITEM_BYTES[dtype]
     if tensor.is_contiguous():
         nbytes = tensor.numel() * item
-        order = tuple(range(len(shape)))
-        return Footprint(_device(tensor), tensor.data_ptr(), nbytes, nbytes, dtype, shape, stride, order)
+        return Footprint(
+            _device(tensor), tensor.data_ptr(), nbytes, nbytes, dtype, shape, stride, ascending(len(shape))
+        )
     order = _memory_order(shape, stride)
     _refuse_shared_bytes(name, shape, stride, order)
     extent = (1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))) * item
@@ -112,6 +114,12 @@ def overlap(one: Footprint, other: Footprint) -> bool:
         else:
             b = next(right, None)
     return False
+
+
+@functools.lru_cache(4096)
+def _shared(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """One object for equal ones: many thousand tensors have few shapes."""
+    return sizes
 
 
 def _refuse_opaque(name: str, tensor: torch.Tensor) -> None:

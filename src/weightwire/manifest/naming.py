@@ -97,8 +97,8 @@ def _entry(group: Group, order: Mapping[str, int]) -> Named:
         order=print_.order,
         kind=group.kind,
         nbytes=print_.nbytes,
-        aliases=tuple(sorted(m.slot.name for m in aliases[1:])),
-        views=tuple(sorted((_view(m, group.owner) for m in views), key=lambda v: v.name)),
+        aliases=tuple(sorted(m.slot.name for m in aliases[1:])) if len(aliases) > 1 else (),
+        views=tuple(sorted((_view(m, group.owner) for m in views), key=lambda v: v.name)) if views else (),
     )
     return Named(entry, primary)
 

@@ -13,9 +13,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from weightwire.manifest.sharding import Sharding
 from weightwire.types import Json, Span, State, TensorClass
+
+if TYPE_CHECKING:
+    from weightwire.manifest.text import Text
 
 DIGEST_BYTES = 16
 """Bytes of one leaf digest (``manifest.digest``)."""
@@ -122,8 +126,14 @@ class Layout:
     @functools.cached_property
     def digest(self) -> str:
         """64 hex digits over everything but the bytes: two ends of a read mean the same offsets if theirs are equal."""
-        parts = (_identifier(self, kind, b"") for kind in (TensorClass.WEIGHT, TensorClass.DERIVED))
-        return hashlib.sha256("".join(parts).encode()).hexdigest()
+        return hashlib.sha256((self.text.content_id(b"") + self.text.derived_id(b"")).encode()).hexdigest()
+
+    @functools.cached_property
+    def text(self) -> Text:
+        """All of it as text: layouts with equal texts are equal."""
+        from weightwire.manifest.text import write  # noqa: PLC0415  (likewise)
+
+        return write(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +162,13 @@ class Manifest:
     def content_id(self) -> str:
         """64 hex digits: equal for equal weights of one shard, whoever serves them and however."""
         end = self.layout.weight_leaves * DIGEST_BYTES
-        return _identifier(self.layout, TensorClass.WEIGHT, self.digests[:end])
+        return self.layout.text.content_id(self.digests[:end])
 
     @functools.cached_property
     def derived_id(self) -> str:
         """64 hex digits over the derived part, which differs innocently between replicas."""
         start = self.layout.weight_leaves * DIGEST_BYTES
-        return _identifier(self.layout, TensorClass.DERIVED, self.digests[start:])
+        return self.layout.text.derived_id(self.digests[start:])
 
 
 def weights_id(content_ids: Mapping[str, str]) -> str:
@@ -167,31 +177,9 @@ def weights_id(content_ids: Mapping[str, str]) -> str:
     Args:
         content_ids: rank label (``Coordinates.label()`` and role) -> content id; every rank of the replica.
     """
-    return hashlib.sha256(_canonical({"format": FORMAT, "ranks": dict(content_ids)})).hexdigest()
+    return hashlib.sha256(canonical({"format": FORMAT, "ranks": dict(content_ids)})).hexdigest()
 
 
-def _identifier(layout: Layout, kind: TensorClass, digests: bytes) -> str:
-    head: dict[str, Json] = {"format": FORMAT, "kind": kind.value}
-    if kind is TensorClass.WEIGHT:  # state decides what kernels compute with the weights
-        head |= {"state": {k: dict(v) for k, v in layout.state.items()}, "absent": list(layout.absent)}
-    hasher = hashlib.sha256(_canonical(head))
-    hasher.update(_canonical([_plain(entry) for entry in layout.entries if entry.kind is kind]))
-    hasher.update(digests)
-    return hasher.hexdigest()
-
-
-def _plain(entry: Entry) -> Json:
-    views: list[Json] = [[v.name, v.dtype, list(v.shape), list(v.stride), v.offset] for v in entry.views]
-    return [
-        entry.name,
-        entry.dtype,
-        list(entry.shape),
-        list(entry.order),
-        entry.nbytes,
-        list(entry.aliases),
-        views,
-    ]
-
-
-def _canonical(value: Json) -> bytes:
+def canonical(value: Json) -> bytes:
+    """The one JSON text of ``value``, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()

@@ -101,7 +101,7 @@ def same(before: Holding, after: Holding) -> bool:
     else:
         ids = [(each.manifest.content_id, each.manifest.derived_id, each.weights_id) for each in (before, after)]
         known = ids[0] == ids[1]
-    return known and list(before.memory.segments) == list(after.memory.segments)
+    return known and before.memory.lies_as(after.memory)
 
 
 def filling(record: PublicationRecord, available: Availability) -> PublicationRecord:

@@ -61,7 +61,7 @@ class FromDisk:
     """
 
     def __init__(self, catalogue: Catalogue, offer: Offer) -> None:
-        if any(segment.device != "cpu" for segment in catalogue.memory.segments):
+        if catalogue.memory.devices() - {"cpu"}:
             raise PublishError("device memory cannot be followed while it is filled", "others wait until it is full")
         self.provisional = Provisional(catalogue.layout)
         self.availability = Availability(len(catalogue.layout.leaves))
@@ -99,7 +99,7 @@ class FromDisk:
         if self._thread.is_alive() or self._error is not None:
             reason = str(self._error) if self._error else f"it took more than {JOIN_S:.0f} s"
             raise PublishError(f"what was loaded could not be digested: {reason}", "see the log") from self._error
-        if loaded.layout != self._catalogue.layout or loaded.memory.segments != self._catalogue.memory.segments:
+        if loaded.layout != self._catalogue.layout or not loaded.memory.lies_as(self._catalogue.memory):
             raise PublishError("the model's tensors were replaced while they were loaded", "fill them in place")
         written = [name for name, version in self._versions.items() if self._version(name) != version]
         if written:

@@ -195,7 +195,7 @@ class Publication(Driven):
     def on_device(self) -> bool:
         """Whether some of what is held is not in host memory."""
         with self._lock:
-            return self._holding is not None and any(each.device != "cpu" for each in self._holding.memory.segments)
+            return self._holding is not None and bool(self._holding.memory.devices() - {"cpu"})
 
     @property
     def served(self) -> list[str]:

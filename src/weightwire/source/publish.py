@@ -113,7 +113,7 @@ def publish_shard(
 
 def _digests(catalogue: Catalogue, progress: Progress) -> bytes:
     memory, leaves = catalogue.memory, catalogue.layout.leaves
-    for device in {segment.device for segment in memory.segments if segment.device != "cpu"}:
+    for device in memory.devices() - {"cpu"}:
         torch.cuda.synchronize(device)  # asynchronous work that still writes the bytes must be over (hazard H30)
     total, done = catalogue.layout.nbytes, 0
 

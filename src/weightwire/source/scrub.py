@@ -145,7 +145,7 @@ def digest_aside(memory: AddressSpace, span: Span) -> bytes:
     to wait for, and behind a busy engine's work a leaf would take as long as a step of the engine.
     """
     with contextlib.ExitStack() as aside:
-        for device in {segment.device for segment in memory.slices(span)} - {"cpu"}:
+        for device in memory.devices(span) - {"cpu"}:
             # first the device: to leave a stream of another one than the thread's makes a context on the thread's
             aside.enter_context(torch.cuda.device(device))
             aside.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ from weightwire.errors import (
     WeightwireError,
 )
 from weightwire.identity.identity import Identity
-from weightwire.manifest.records import Manifest
+from weightwire.manifest.offered import Offered
 from weightwire.manifest.reshard import MAX_RANKS
 from weightwire.metadata.decision import Group
 from weightwire.metadata.selection import (
@@ -124,14 +124,12 @@ class Discovery:
         )
         for candidate in listing.candidates:
             try:
-                header, manifest = fetch_manifest(self.reader, candidate, choice, self.want.coordinates)
+                header, offered = fetch_manifest(self.reader, candidate, choice, self.want.coordinates)
             except (TransferError, AuthError) as error:
                 log.warning("%s", error)
                 last = error
                 continue
-            return Offer(
-                choice=choice, header=header, manifest=manifest, origin=candidate, candidates=listing.candidates
-            )
+            return Offer(choice=choice, header=header, offered=offered, origin=candidate, candidates=listing.candidates)
         raise last
 
     def _ask(self) -> Json:
@@ -224,8 +222,8 @@ class Discovery:
 
 def fetch_manifest(
     reader: Reader, candidate: Candidate, choice: Choice, coordinates: Coordinates
-) -> tuple[ManifestHeader, Manifest]:
-    """A candidate's manifest, checked to be of what was chosen.
+) -> tuple[ManifestHeader, Offered]:
+    """A candidate's manifest, checked to be of what was chosen; not taken apart.
 
     Raises:
         TransferError: it cannot be reached, moved on, or offers something else than it published.
@@ -233,7 +231,7 @@ def fetch_manifest(
     """
     client = contact(reader, candidate)
     try:
-        header, manifest = client.manifest(candidate.record.shard_key, timeout=reader.load_s)
+        header, found = client.manifest(candidate.record.shard_key, timeout=reader.load_s)
     finally:
         client.close()
     agreed = [choice.stage, coordinates]
@@ -241,9 +239,9 @@ def fetch_manifest(
     if not choice.follow:  # ids of what is followed become known while it is read
         agreed += [choice.weights_id, candidate.record.content_id]
         offered += [header.weights_id, header.content_id]
-    if offered != agreed or (manifest.provisional and not choice.follow):
+    if offered != agreed:
         raise ProtocolError(f"{client.target} offers something else than it published", "another source is tried")
-    return header, manifest
+    return header, found
 
 
 def give_up(group: Group, error: WeightwireError) -> None:

@@ -27,7 +27,7 @@ def gather(reader: Reader, want: Want, choice: Choice) -> Offer:
     """
     source = dataclasses.replace(want.stages[choice.stage], tp_size=choice.source_tp)
     shards = tuple(_shard(reader, source, choice, rank) for rank in range(choice.source_tp))
-    found = weights_id({each.header.coordinates.label(): each.manifest.content_id for each in shards})
+    found = weights_id({each.header.coordinates.label(): each.offered.ids[0] for each in shards})
     if found != choice.weights_id:
         raise ProtocolError("the source's ranks do not give the weights id that they publish", "use another source")
     first = shards[0]
@@ -36,7 +36,7 @@ def gather(reader: Reader, want: Want, choice: Choice) -> Offer:
     return Offer(
         choice=choice,
         header=first.header,
-        manifest=first.manifest,
+        offered=first.offered,
         origin=first.candidates[0],
         candidates=first.candidates,
         shards=shards,
@@ -55,12 +55,12 @@ def _shard(reader: Reader, source: Identity, choice: Choice, rank: int) -> Shard
     )
     for number, candidate in enumerate(candidates):
         try:
-            header, manifest = fetch_manifest(reader, candidate, choice, coordinates)
+            header, offered = fetch_manifest(reader, candidate, choice, coordinates)
         except (TransferError, AuthError) as error:
             log.warning("%s", error)
             last = error
             continue
-        return Shard(header=header, manifest=manifest, candidates=_first(tuple(candidates), number))
+        return Shard(header=header, offered=offered, candidates=_first(tuple(candidates), number))
     raise last
 
 

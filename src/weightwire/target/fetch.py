@@ -118,10 +118,11 @@ class Fetch:
 
     def _adopt(self, candidate: Candidate, offer: Offer) -> Offer:
         """``offer`` with the manifest of another of its candidates, which must describe the same tensors."""
-        header, manifest = fetch_manifest(self.reader, candidate, offer.choice, self.want.coordinates)
-        if manifest.layout != offer.manifest.layout:
+        header, offered = fetch_manifest(self.reader, candidate, offer.choice, self.want.coordinates)
+        manifest = offered.under(offer.manifest.layout)
+        if manifest is None:
             raise ProtocolError("it describes the same weights otherwise", "another source is tried")
-        return replace(offer, header=header, manifest=manifest, origin=candidate)
+        return replace(offer, header=header, offered=offered, agreed=manifest, origin=candidate)
 
     def _leaves(self, manifest: Expected, missing: set[int], places: Places) -> None:
         """Fetch ``missing``, and take from it; where the sources left are merely full, wait for a place and go on."""

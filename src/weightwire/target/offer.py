@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from weightwire.identity.identity import Identity
+from weightwire.manifest.offered import Offered
 from weightwire.manifest.provisional import Expected, Provisional
 from weightwire.manifest.records import Manifest
 from weightwire.manifest.reshard import MAX_AMPLIFICATION
@@ -78,8 +79,13 @@ class Shard:
     """One rank of a source with another tensor-parallel size: its manifest, and who serves it, best first."""
 
     header: ManifestHeader
-    manifest: Manifest
+    offered: Offered
     candidates: tuple[Candidate, ...]
+
+    @property
+    def manifest(self) -> Manifest:
+        """Taken apart; raises as ``Offered.manifest``, the first time."""
+        return self.offered.manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,21 +95,28 @@ class Offer:
     Attributes:
         choice: what was decided for all ranks.
         header: goes with the manifest; ``header.build_facts`` are applied before construction.
-        manifest: of this rank's shard.
+        offered: the manifest of this rank's shard, as it came.
         origin: who gave the manifest.
         candidates: everybody who serves this shard of these weights, best first.
         shards: of all ranks of a source with another tensor-parallel size, in rank order; else empty. ``header``,
-            ``manifest``, ``origin`` and ``candidates`` are those of its rank 0.
+            ``offered``, ``origin`` and ``candidates`` are those of its rank 0.
+        agreed: the manifest, once it was compared with our own layout.
         provisional: what ``manifest`` becomes, where a replica is followed; made once the layouts were compared.
     """
 
     choice: Choice
     header: ManifestHeader
-    manifest: Manifest
+    offered: Offered
     origin: Candidate
     candidates: tuple[Candidate, ...]
     shards: tuple[Shard, ...] = ()
+    agreed: Manifest | None = None
     provisional: Provisional | None = None
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest; before it was agreed on it is taken apart, and that raises as ``Offered.manifest``."""
+        return self.agreed or self.offered.manifest
 
     @property
     def expected(self) -> Expected:

@@ -345,7 +345,7 @@ class _Lane:
         self.outrun = False
         self.into = self.pull.into[peer.session.transport]
         self.under_way: deque[tuple[Flight, Read, Bounce | None]] = deque()
-        devices = {segment.device == HOST for segment in self.into.memory.segments}
+        devices = {device == HOST for device in self.into.memory.devices()}
         self.on_device, self.on_host = devices == {False}, devices <= {True}
         self.together = worthwhile_bytes(connection)  # bytes of chunks that one read asks for
         self.checks = Checks(self._check_aside)

@@ -14,7 +14,7 @@ from weightwire.errors import (
 )
 from weightwire.manifest.availability import Availability
 from weightwire.manifest.catalogue import Catalogue
-from weightwire.manifest.plan import TransferPlan, plan
+from weightwire.manifest.plan import TransferPlan
 from weightwire.manifest.provisional import Provisional
 from weightwire.manifest.records import Manifest, weights_id
 from weightwire.manifest.reshard import ReshardPlan
@@ -31,7 +31,7 @@ from weightwire.target.relaying import NoRelay, Relay
 from weightwire.target.report import LoadReport, Step
 from weightwire.target.reshard import Resharding, plan_offer
 from weightwire.transport.base import Registration
-from weightwire.types import Json, TensorClass
+from weightwire.types import Json, State, TensorClass
 from weightwire.wire.messages import FindShard, ManifestHeader
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class Receiver:
         self.report.source, self.report.verified = "peer", True
         self.report.content_id = manifest.content_id
         self.report.manifest = manifest
-        self._offer = replace(self._offer, manifest=manifest)
+        self._offer = replace(self._offer, agreed=manifest)
         return self.report
 
     @property
@@ -144,6 +144,12 @@ class Receiver:
         """What came with the manifest. Legal after ``find``."""
         assert self._offer is not None
         return self._offer.header
+
+    @property
+    def state(self) -> State:
+        """Declared state of the source, which its modules' equals take over before their catalogue is taken."""
+        assert self._offer is not None
+        return self._offer.offered.state
 
     @property
     def manifest(self) -> Manifest:
@@ -154,11 +160,11 @@ class Receiver:
     def _agree(self, catalogue: Catalogue, offer: Offer) -> TransferPlan | ReshardPlan:
         planned: TransferPlan | ReshardPlan
         try:
-            resharded = bool(offer.shards)
-            if resharded:
+            if offer.shards:
                 planned = plan_offer(catalogue, offer, self.want)
             else:
-                planned = plan(catalogue.layout, offer.manifest, provisional=bool(offer.choice.follow))
+                planned = offer.offered.plan(catalogue.layout, provisional=bool(offer.choice.follow))
+                offer = self._offer = replace(offer, agreed=planned.manifest)
         except WeightwireError as error:
             self.decline(error)
             raise

@@ -9,7 +9,7 @@ from weightwire.manifest.address import AddressSpace
 from weightwire.target.bounce import Bounce
 from weightwire.target.schedule import Flight, Lane, Next, Schedule
 from weightwire.target.shares import Share
-from weightwire.transport.memory import on_host
+from weightwire.transport.memory import HOST
 
 
 class Work:
@@ -21,7 +21,7 @@ class Work:
     """
 
     def __init__(self, schedule: Schedule, memory: AddressSpace) -> None:
-        if not on_host(memory.segments):  # what a device sends to host memory goes another, slower way
+        if memory.devices() - {HOST}:  # what a device sends to host memory goes another, slower way
             schedule.bounce = 0
         self._schedule = schedule
         self._memory = memory

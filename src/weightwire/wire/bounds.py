@@ -11,7 +11,6 @@ from weightwire.types import Json
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 """Largest gRPC message either way; everything larger is streamed in parts of at most ``PART_BYTES``."""
 PART_BYTES = 512 * 1024
-MAX_ENTRIES = 1_000_000
 MAX_STATES = 1_000_000
 MAX_NAMES = 1_000_000
 MAX_LEAVES = 4 * 1024 * 1024
@@ -19,9 +18,6 @@ MAX_LEAVES = 4 * 1024 * 1024
 MAX_MANIFEST_BYTES = 1024 * 1024 * 1024
 """All parts of one manifest together, as they arrive."""
 MAX_NAME = 1024
-MAX_DIMENSIONS = 32
-MAX_NAMES_PER_ENTRY = 65_536
-"""Aliases, and views, of one tensor."""
 MAX_JSON_BYTES = 1024 * 1024
 MAX_ENDPOINT_BYTES = 64 * 1024 * 1024
 """As ``transport.base`` has it (which stands beside this package, not below it)."""

@@ -11,22 +11,24 @@ from typing import Any, TypeVar
 
 from weightwire.errors import ProtocolError
 from weightwire.manifest.collection import no_collection
-from weightwire.manifest.plan import validate_manifest
-from weightwire.manifest.records import DIGEST_BYTES, Entry, Layout, Manifest, View
-from weightwire.types import Coordinates, Json, Role, Stage, TensorClass
+from weightwire.manifest.offered import Offered
+from weightwire.manifest.records import DIGEST_BYTES, Manifest
+from weightwire.manifest.state import check
+from weightwire.manifest.text import Text, head
+from weightwire.types import Coordinates, Json, Role, Stage
 from weightwire.wire import bounds, codec
 from weightwire.wire.generated import peer_pb2
 from weightwire.wire.messages import ManifestHeader, ReadGrant
-from weightwire.wire.sharding_codec import read_sharding, sharding_message
 
 Item = TypeVar("Item")
 
-_KINDS = {
-    peer_pb2.TENSOR_CLASS_WEIGHT: TensorClass.WEIGHT,
-    peer_pb2.TENSOR_CLASS_DERIVED: TensorClass.DERIVED,
+_TEXTS = {
+    "weights": "weights_bytes",
+    "derived": "derived_bytes",
+    "shardings": "shardings_bytes",
+    "digests": "digest_bytes",
 }
-_NUMBERS = {kind: number for number, kind in _KINDS.items()}
-
+"""What comes as bytes, and the field of the header that says how many."""
 
 # --------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -36,12 +38,10 @@ def manifest_parts(header: ManifestHeader, manifest: Manifest) -> Iterator[peer_
     """The stream of ``GetManifest``, header first.
 
     Raises:
-        ProtocolError: one entry or one module's state is too large for a message.
+        ProtocolError: one module's state is too large for a message.
     """
     layout = manifest.layout
     yield peer_pb2.ManifestPart(header=_header(header, manifest))
-    for entries in _batches(map(_entry, layout.entries)):
-        yield peer_pb2.ManifestPart(entries=peer_pb2.Entries(entries=entries))
     states = (
         peer_pb2.ModuleState(module=module, state=bounds.dump_json(dict(state), f"the state of {module}"))
         for module, state in layout.state.items()
@@ -50,36 +50,28 @@ def manifest_parts(header: ManifestHeader, manifest: Manifest) -> Iterator[peer_
         yield peer_pb2.ManifestPart(states=peer_pb2.States(states=batch))
     for names in _batches(layout.absent, len):
         yield peer_pb2.ManifestPart(absent=peer_pb2.Names(names=names))
-    for part in _slices(manifest.digests):
-        yield peer_pb2.ManifestPart(digests=part)
+    for name, data in _texts(manifest).items():
+        for piece in _slices(data):
+            part = peer_pb2.ManifestPart()
+            setattr(part, name, piece)
+            yield part
+
+
+def _texts(manifest: Manifest) -> dict[str, bytes]:
+    """By name of the part."""
+    text = manifest.layout.text
+    named = zip(_TEXTS, (text.weights, text.derived, text.shardings, manifest.digests), strict=True)
+    return dict(named)
 
 
 def _header(header: ManifestHeader, manifest: Manifest) -> peer_pb2.ManifestHeader:
     message = codec.encode(_Common.of(header), peer_pb2.ManifestHeader)
     message.build_facts = bounds.dump_json(dict(header.build_facts), "the build facts")
-    message.entries = len(manifest.layout.entries)
     message.states = len(manifest.layout.state)
     message.absent = len(manifest.layout.absent)
-    message.digest_bytes = len(manifest.digests)
-    return message
-
-
-def _entry(entry: Entry) -> peer_pb2.Entry:
-    views = [
-        peer_pb2.View(name=v.name, dtype=v.dtype, shape=v.shape, stride=v.stride, offset=v.offset) for v in entry.views
-    ]
-    message = peer_pb2.Entry(
-        name=entry.name,
-        dtype=entry.dtype,
-        shape=entry.shape,
-        order=entry.order,
-        kind=_NUMBERS[entry.kind],
-        nbytes=entry.nbytes,
-        aliases=entry.aliases,
-        views=views,
-    )
-    if entry.sharding is not None:
-        message.sharding.CopyFrom(sharding_message(entry.sharding))
+    message.weight_leaves = manifest.layout.weight_leaves
+    for name, data in _texts(manifest).items():
+        setattr(message, _TEXTS[name], len(data))
     return message
 
 
@@ -112,12 +104,11 @@ def _slices(data: bytes) -> Iterator[bytes]:
 # Reading
 
 
-def collect_manifest(parts: Iterable[peer_pb2.ManifestPart]) -> tuple[ManifestHeader, Manifest]:
-    """A manifest from an untrusted stream.
+def collect_manifest(parts: Iterable[peer_pb2.ManifestPart]) -> tuple[ManifestHeader, Offered]:
+    """What an untrusted stream offers, checked against the ids that its header names; see ``Offered`` for the rest.
 
     Raises:
-        ProtocolError: anything out of bounds, out of order, missing, left over, or not giving the ids that the header
-            names.
+        ProtocolError: anything out of bounds, out of order, missing, left over, or not giving those ids.
     """
     stream = iter(parts)
     first = next(stream, None)
@@ -134,14 +125,17 @@ class _Collector:
 
     def __init__(self, header: peer_pb2.ManifestHeader) -> None:
         self.header = _read_header(header)
-        self._want_entries = bounds.count(header.entries, bounds.MAX_ENTRIES, "entries")
         self._want_states = bounds.count(header.states, bounds.MAX_STATES, "states")
         self._want_absent = bounds.count(header.absent, bounds.MAX_NAMES, "absent names")
-        self._want_digests = bounds.count(header.digest_bytes, bounds.MAX_LEAVES * DIGEST_BYTES, "digest bytes")
-        self._entries: list[Entry] = []
+        self._weight_leaves = bounds.count(header.weight_leaves, bounds.MAX_LEAVES, "weight leaves")
+        bounds.count(header.digest_bytes, bounds.MAX_LEAVES * DIGEST_BYTES, "digest bytes")
+        self._want = {
+            name: bounds.count(getattr(header, field), bounds.MAX_MANIFEST_BYTES, field)
+            for name, field in _TEXTS.items()
+        }
+        self._texts = {name: bytearray() for name in _TEXTS}
         self._states: dict[str, dict[str, Json]] = {}
         self._absent: list[str] = []
-        self._digests = bytearray()
         self._arrived = 0
 
     @no_collection()
@@ -150,39 +144,44 @@ class _Collector:
         self._arrived += part.ByteSize()
         bounds.count(self._arrived, bounds.MAX_MANIFEST_BYTES, "the bytes of a manifest")
         kind = part.WhichOneof("part")
-        if kind == "entries":
-            bounds.count(len(self._entries) + len(part.entries.entries), self._want_entries, "entries")
-            self._entries.extend(map(_read_entry, part.entries.entries))
+        if kind in self._texts:
+            data, text = getattr(part, kind), self._texts[kind]
+            bounds.count(len(text) + len(data), self._want[kind], f"the bytes of {kind}")
+            text += data
         elif kind == "states":
             bounds.count(len(self._states) + len(part.states.states), self._want_states, "states")
             self._states.update(map(_read_state, part.states.states))
         elif kind == "absent":
             bounds.count(len(self._absent) + len(part.absent.names), self._want_absent, "absent names")
             self._absent.extend(bounds.text(name, bounds.MAX_NAME, "an absent name") for name in part.absent.names)
-        elif kind == "digests":
-            bounds.count(len(self._digests) + len(part.digests), self._want_digests, "digest bytes")
-            self._digests += part.digests
         else:
             raise ProtocolError(f"a manifest holds an unexpected part {kind!r}")
 
-    @no_collection()
-    def finish(self) -> Manifest:
-        """The manifest, once the stream ended."""
-        have = (len(self._entries), len(self._states), len(self._absent), len(self._digests))
-        want = (self._want_entries, self._want_states, self._want_absent, self._want_digests)
+    def finish(self) -> Offered:
+        """What is offered, once the stream ended."""
+        have = (len(self._states), len(self._absent), {name: len(text) for name, text in self._texts.items()})
+        want = (self._want_states, self._want_absent, self._want)
         if have != want:
-            raise ProtocolError(f"a manifest ended early: entries, states, absent, digests are {have} of {want}")
-        layout = Layout(entries=tuple(self._entries), state=self._states, absent=tuple(self._absent))
-        manifest = Manifest(layout=layout, digests=bytes(self._digests))
-        # counts leaves before any is made: their number follows from sizes that were named
-        validate_manifest(manifest, provisional=not self.header.content_id)
-        if manifest.provisional:
-            if self.header.content_id or self.header.derived_id or self.header.weights_id:
+            raise ProtocolError(f"a manifest ended early: states, absent, texts are {have} of {want}")
+        check(self._states)
+        weights, derived, shardings, digests = map(bytes, self._texts.values())
+        offered = Offered(
+            text=Text(head(self._states, self._absent), weights, derived, shardings),
+            state=self._states,
+            absent=tuple(self._absent),
+            weight_leaves=self._weight_leaves,
+            digests=digests,
+        )
+        self._check_ids(offered)
+        return offered
+
+    def _check_ids(self, offered: Offered) -> None:
+        header = self.header
+        if not offered.digests and not header.content_id:
+            if header.derived_id or header.weights_id:
                 raise ProtocolError("a manifest without digests names ids")
-            return manifest
-        if (manifest.content_id, manifest.derived_id) != (self.header.content_id, self.header.derived_id):
+        elif offered.ids != (header.content_id, header.derived_id):
             raise ProtocolError("a manifest does not give the content id that its header names")
-        return manifest
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,40 +209,6 @@ def _read_header(message: peer_pb2.ManifestHeader) -> ManifestHeader:
     common = codec.decode(_Common, message)
     fields = {field.name: getattr(common, field.name) for field in dataclasses.fields(common)}
     return ManifestHeader(**fields, build_facts=bounds.parse_json(message.build_facts, "the build facts"))
-
-
-def _read_entry(message: peer_pb2.Entry) -> Entry:
-    """Bounds of what is allocated here; what the numbers mean is for ``validate_manifest``, which sees them all."""
-    kind = _KINDS.get(message.kind)
-    if kind is None:
-        raise ProtocolError(f"tensor class {message.kind} does not travel")
-    if max(len(message.shape), len(message.order)) > bounds.MAX_DIMENSIONS:
-        raise ProtocolError(f"a tensor has more than {bounds.MAX_DIMENSIONS} dimensions")
-    if max(len(message.aliases), len(message.views)) > bounds.MAX_NAMES_PER_ENTRY:
-        raise ProtocolError(f"a tensor has more than {bounds.MAX_NAMES_PER_ENTRY} aliases or views")
-    return Entry(
-        name=bounds.text(message.name, bounds.MAX_NAME, "a tensor name"),
-        dtype=bounds.text(message.dtype, 64, "a dtype"),
-        shape=tuple(message.shape),
-        order=tuple(message.order),
-        kind=kind,
-        nbytes=message.nbytes,
-        aliases=tuple(bounds.text(alias, bounds.MAX_NAME, "an alias") for alias in message.aliases),
-        views=tuple(map(_read_view, message.views)),
-        sharding=read_sharding(message.sharding) if message.HasField("sharding") else None,
-    )
-
-
-def _read_view(message: peer_pb2.View) -> View:
-    if max(len(message.shape), len(message.stride)) > bounds.MAX_DIMENSIONS:
-        raise ProtocolError(f"a view has more than {bounds.MAX_DIMENSIONS} dimensions")
-    return View(
-        name=bounds.text(message.name, bounds.MAX_NAME, "a view's name"),
-        dtype=bounds.text(message.dtype, 64, "a dtype"),
-        shape=tuple(message.shape),
-        stride=tuple(message.stride),
-        offset=message.offset,
-    )
 
 
 def _read_state(message: peer_pb2.ModuleState) -> tuple[str, dict[str, Json]]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from weightwire.auth import Secret
 from weightwire.errors import PeerLost
-from weightwire.manifest.records import Manifest
+from weightwire.manifest.offered import Offered
 from weightwire.wire.channel import Channel
 from weightwire.wire.codec import decode, encode
 from weightwire.wire.manifest_codec import collect_grant, collect_manifest
@@ -54,11 +54,11 @@ class PeerClient:
         answer = self._unary("Status", ShardRequest(shard_key, self.incarnation), timeout)
         return self._mine(decode(PeerStatus, answer))
 
-    def manifest(self, shard_key: str, *, timeout: float | None = None) -> tuple[ManifestHeader, Manifest]:
-        """The manifest, checked against the ids in its header."""
+    def manifest(self, shard_key: str, *, timeout: float | None = None) -> tuple[ManifestHeader, Offered]:
+        """The manifest, checked against the ids in its header; not taken apart."""
         parts = self._stream("GetManifest", ShardRequest(shard_key, self.incarnation), timeout)
-        header, manifest = collect_manifest(parts)
-        return self._mine(header), manifest
+        header, offered = collect_manifest(parts)
+        return self._mine(header), offered
 
     def open_read(self, request: OpenRead, *, timeout: float | None = None) -> ReadGrant:
         """A read lease; give it back with ``close_read``."""

@@ -190,7 +190,7 @@ class Arrival:
         return Staged(
             request=self.request,
             memory=memory,
-            offer=offer,
+            offer=dataclasses.replace(offer, agreed=receiver.manifest),
             identity=dataclasses.replace(identity, revision=offer.header.revision or None),
             fills=fills,
             workers=self.workers,
@@ -229,10 +229,10 @@ class Arrival:
                 raise ManifestMismatch(
                     "the new weights' model is built otherwise (an lm_head of its own or none)", reload.NEW_REPLICA
                 )
-            check_state(loaded.state, offer.manifest.layout.state)
+            check_state(loaded.state, offer.offered.state)
             _settable(self.model, loaded)
             Memory().check(loaded.raw.nbytes, self.neighbours)
-            return Staging(dataclasses.replace(loaded.raw, state=offer.manifest.layout.state))
+            return Staging(dataclasses.replace(loaded.raw, state=offer.offered.state))
         except WeightwireError as error:
             receiver.decline(error)
             raise

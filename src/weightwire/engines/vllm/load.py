@@ -173,7 +173,7 @@ class Load:
         if self._receiver is None:
             return False
         try:
-            state.apply(model, self._receiver.manifest.layout.state)
+            state.apply(model, self._receiver.state)
             described = self.describe(model)
         except WeightwireError as error:
             self._decline(error)

@@ -107,7 +107,8 @@ class Agent:
             TransferError: NIXL cannot use one of them; names the device.
         """
         for device in sorted({region.device for region in regions}):
-            rows = [(region.address, region.nbytes) for region in regions if region.device == device]
+            here = [region for region in regions if region.device == device]
+            rows = np.array([[each.address for each in here], [each.nbytes for each in here]], dtype=np.int64).T
             remedy = "use another transport" if device == "cpu" else "is UCX built with CUDA, and the device visible?"
             with _translated(TransferError, f"NIXL cannot register {len(rows)} regions on {device}", remedy):
                 listed = self._bound.nixlRegDList(self._kind(device), _rows(rows, device))

@@ -123,7 +123,7 @@ class NixlConnection:
             self._agent.add_peer(self._peer.metadata, self._peer.agent)
             scratch = Region(self._scratch.ctypes.data, PROBE_BYTES, "cpu")
             self._agent.register(self._places.add([scratch]))
-            first = next(iter(self._peer.memory.segments), None)
+            first = next(iter(self._peer.memory.all.part(0, 1).segments), None)
         if first is None:
             return
         size = min(first.nbytes, PROBE_BYTES)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from weightwire.auth import NONCE_BYTES, PROOF_BYTES, Secret, equal
 from weightwire.errors import AuthError, ProtocolError
-from weightwire.manifest.address import AddressSpace, Segment
+from weightwire.manifest.address import AddressSpace, Columns
 from weightwire.transport.base import MAX_ENDPOINT_BYTES
 
 MAX_METADATA_BYTES = 32 * 1024 * 1024
@@ -56,10 +55,10 @@ class Endpoint:
         Raises:
             ValueError: it is larger than the protocol allows.
         """
-        segments = np.zeros(len(self.memory.segments), dtype=_SEGMENT)
-        segments["address"] = [segment.address for segment in self.memory.segments]
-        segments["nbytes"] = [segment.nbytes for segment in self.memory.segments]
-        segments["device"] = _numbers(self.memory.segments)
+        columns = self.memory.all
+        segments = np.zeros(len(columns.offsets), dtype=_SEGMENT)
+        segments["address"], segments["nbytes"] = columns.addresses, columns.sizes
+        segments["device"] = np.array([*map(device_number, columns.devices)], dtype=np.int64)[columns.homes]
         name = self.agent.encode()
         header = _HEADER.pack(_MAGIC, len(name), self.memory.span.offset, len(self.metadata), len(segments))
         body = header + name + self.metadata + segments.tobytes()
@@ -109,15 +108,12 @@ def _memory(start: int, table: np.ndarray[Any, np.dtype[Any]]) -> AddressSpace:
     ):
         raise _malformed("a segment is out of bounds")
     offsets = np.cumsum(sizes, dtype=np.uint64) - sizes + np.uint64(start)  # below 2**61 + 2**60
-    names = {number: "cpu" if number < 0 else f"{_CUDA}{number}" for number in np.unique(devices).tolist()}
-    rows = zip(offsets.tolist(), addresses.tolist(), sizes.tolist(), devices.tolist(), strict=True)
-    segments = [Segment(offset, address, nbytes, names[device]) for offset, address, nbytes, device in rows]
-    return AddressSpace(segments, (), None)
-
-
-def _numbers(segments: Sequence[Segment]) -> list[int]:
-    known = {device: device_number(device) for device in {segment.device for segment in segments}}
-    return [known[segment.device] for segment in segments]
+    numbers, homes = np.unique(devices, return_inverse=True)
+    names = tuple("cpu" if number < 0 else f"{_CUDA}{number}" for number in numbers.tolist())
+    columns = Columns(
+        offsets.astype(np.int64), addresses.astype(np.int64), sizes.astype(np.int64), homes.astype(np.int64), names
+    )
+    return AddressSpace(columns, (), None)
 
 
 def device_number(device: str) -> int:
@@ -134,8 +130,9 @@ def device_number(device: str) -> int:
 
 
 def _proof(secret: Secret, body: bytes, lease: bytes) -> bytes:
-    binding = hashlib.sha256(len(lease).to_bytes(4, "big") + lease + body).digest()
-    return secret.prove("server", "nixl-endpoint", binding, _NO_NONCE, _NO_NONCE)
+    hasher = hashlib.sha256(len(lease).to_bytes(4, "big") + lease)
+    hasher.update(body)  # megabytes, not to be copied for this
+    return secret.prove("server", "nixl-endpoint", hasher.digest(), _NO_NONCE, _NO_NONCE)
 
 
 def _malformed(reason: str) -> ProtocolError:

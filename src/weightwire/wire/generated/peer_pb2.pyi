@@ -1,21 +1,11 @@
 from weightwire.wire.generated import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
-
-class TensorClass(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    TENSOR_CLASS_UNSPECIFIED: _ClassVar[TensorClass]
-    TENSOR_CLASS_WEIGHT: _ClassVar[TensorClass]
-    TENSOR_CLASS_DERIVED: _ClassVar[TensorClass]
-TENSOR_CLASS_UNSPECIFIED: TensorClass
-TENSOR_CLASS_WEIGHT: TensorClass
-TENSOR_CLASS_DERIVED: TensorClass
 
 class ShardRequest(_message.Message):
     __slots__ = ("shard_key", "incarnation")
@@ -44,21 +34,25 @@ class PeerStatus(_message.Message):
     def __init__(self, shard_key: _Optional[str] = ..., incarnation: _Optional[str] = ..., generation: _Optional[int] = ..., state: _Optional[_Union[_common_pb2.PublicationState, str]] = ..., content_id: _Optional[str] = ..., derived_id: _Optional[str] = ..., weights_id: _Optional[str] = ...) -> None: ...
 
 class ManifestPart(_message.Message):
-    __slots__ = ("header", "entries", "states", "absent", "digests")
+    __slots__ = ("header", "states", "absent", "digests", "weights", "derived", "shardings")
     HEADER_FIELD_NUMBER: _ClassVar[int]
-    ENTRIES_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
     ABSENT_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    DERIVED_FIELD_NUMBER: _ClassVar[int]
+    SHARDINGS_FIELD_NUMBER: _ClassVar[int]
     header: ManifestHeader
-    entries: Entries
     states: States
     absent: Names
     digests: bytes
-    def __init__(self, header: _Optional[_Union[ManifestHeader, _Mapping]] = ..., entries: _Optional[_Union[Entries, _Mapping]] = ..., states: _Optional[_Union[States, _Mapping]] = ..., absent: _Optional[_Union[Names, _Mapping]] = ..., digests: _Optional[bytes] = ...) -> None: ...
+    weights: bytes
+    derived: bytes
+    shardings: bytes
+    def __init__(self, header: _Optional[_Union[ManifestHeader, _Mapping]] = ..., states: _Optional[_Union[States, _Mapping]] = ..., absent: _Optional[_Union[Names, _Mapping]] = ..., digests: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., derived: _Optional[bytes] = ..., shardings: _Optional[bytes] = ...) -> None: ...
 
 class ManifestHeader(_message.Message):
-    __slots__ = ("shard_key", "incarnation", "generation", "content_id", "derived_id", "weights_id", "stage", "role", "coordinates", "revision", "ordinal", "build_facts", "entries", "states", "absent", "digest_bytes")
+    __slots__ = ("shard_key", "incarnation", "generation", "content_id", "derived_id", "weights_id", "stage", "role", "coordinates", "revision", "ordinal", "build_facts", "states", "absent", "digest_bytes", "weight_leaves", "weights_bytes", "derived_bytes", "shardings_bytes")
     SHARD_KEY_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -71,10 +65,13 @@ class ManifestHeader(_message.Message):
     REVISION_FIELD_NUMBER: _ClassVar[int]
     ORDINAL_FIELD_NUMBER: _ClassVar[int]
     BUILD_FACTS_FIELD_NUMBER: _ClassVar[int]
-    ENTRIES_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
     ABSENT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_LEAVES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DERIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARDINGS_BYTES_FIELD_NUMBER: _ClassVar[int]
     shard_key: str
     incarnation: str
     generation: int
@@ -87,87 +84,14 @@ class ManifestHeader(_message.Message):
     revision: str
     ordinal: int
     build_facts: bytes
-    entries: int
     states: int
     absent: int
     digest_bytes: int
-    def __init__(self, shard_key: _Optional[str] = ..., incarnation: _Optional[str] = ..., generation: _Optional[int] = ..., content_id: _Optional[str] = ..., derived_id: _Optional[str] = ..., weights_id: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., coordinates: _Optional[_Union[_common_pb2.Coordinates, _Mapping]] = ..., revision: _Optional[str] = ..., ordinal: _Optional[int] = ..., build_facts: _Optional[bytes] = ..., entries: _Optional[int] = ..., states: _Optional[int] = ..., absent: _Optional[int] = ..., digest_bytes: _Optional[int] = ...) -> None: ...
-
-class Entries(_message.Message):
-    __slots__ = ("entries",)
-    ENTRIES_FIELD_NUMBER: _ClassVar[int]
-    entries: _containers.RepeatedCompositeFieldContainer[Entry]
-    def __init__(self, entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ...) -> None: ...
-
-class Entry(_message.Message):
-    __slots__ = ("name", "dtype", "shape", "order", "kind", "nbytes", "aliases", "views", "sharding")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    SHAPE_FIELD_NUMBER: _ClassVar[int]
-    ORDER_FIELD_NUMBER: _ClassVar[int]
-    KIND_FIELD_NUMBER: _ClassVar[int]
-    NBYTES_FIELD_NUMBER: _ClassVar[int]
-    ALIASES_FIELD_NUMBER: _ClassVar[int]
-    VIEWS_FIELD_NUMBER: _ClassVar[int]
-    SHARDING_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    dtype: str
-    shape: _containers.RepeatedScalarFieldContainer[int]
-    order: _containers.RepeatedScalarFieldContainer[int]
-    kind: TensorClass
-    nbytes: int
-    aliases: _containers.RepeatedScalarFieldContainer[str]
-    views: _containers.RepeatedCompositeFieldContainer[View]
-    sharding: Sharding
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., order: _Optional[_Iterable[int]] = ..., kind: _Optional[_Union[TensorClass, str]] = ..., nbytes: _Optional[int] = ..., aliases: _Optional[_Iterable[str]] = ..., views: _Optional[_Iterable[_Union[View, _Mapping]]] = ..., sharding: _Optional[_Union[Sharding, _Mapping]] = ...) -> None: ...
-
-class Sharding(_message.Message):
-    __slots__ = ("version", "pieces", "padding", "opaque")
-    VERSION_FIELD_NUMBER: _ClassVar[int]
-    PIECES_FIELD_NUMBER: _ClassVar[int]
-    PADDING_FIELD_NUMBER: _ClassVar[int]
-    OPAQUE_FIELD_NUMBER: _ClassVar[int]
-    version: int
-    pieces: _containers.RepeatedCompositeFieldContainer[Piece]
-    padding: _containers.RepeatedCompositeFieldContainer[Padding]
-    opaque: str
-    def __init__(self, version: _Optional[int] = ..., pieces: _Optional[_Iterable[_Union[Piece, _Mapping]]] = ..., padding: _Optional[_Iterable[_Union[Padding, _Mapping]]] = ..., opaque: _Optional[str] = ...) -> None: ...
-
-class Piece(_message.Message):
-    __slots__ = ("part", "shape", "offset", "size", "at")
-    PART_FIELD_NUMBER: _ClassVar[int]
-    SHAPE_FIELD_NUMBER: _ClassVar[int]
-    OFFSET_FIELD_NUMBER: _ClassVar[int]
-    SIZE_FIELD_NUMBER: _ClassVar[int]
-    AT_FIELD_NUMBER: _ClassVar[int]
-    part: str
-    shape: _containers.RepeatedScalarFieldContainer[int]
-    offset: _containers.RepeatedScalarFieldContainer[int]
-    size: _containers.RepeatedScalarFieldContainer[int]
-    at: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, part: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., offset: _Optional[_Iterable[int]] = ..., size: _Optional[_Iterable[int]] = ..., at: _Optional[_Iterable[int]] = ...) -> None: ...
-
-class Padding(_message.Message):
-    __slots__ = ("offset", "size")
-    OFFSET_FIELD_NUMBER: _ClassVar[int]
-    SIZE_FIELD_NUMBER: _ClassVar[int]
-    offset: _containers.RepeatedScalarFieldContainer[int]
-    size: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, offset: _Optional[_Iterable[int]] = ..., size: _Optional[_Iterable[int]] = ...) -> None: ...
-
-class View(_message.Message):
-    __slots__ = ("name", "dtype", "shape", "stride", "offset")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    SHAPE_FIELD_NUMBER: _ClassVar[int]
-    STRIDE_FIELD_NUMBER: _ClassVar[int]
-    OFFSET_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    dtype: str
-    shape: _containers.RepeatedScalarFieldContainer[int]
-    stride: _containers.RepeatedScalarFieldContainer[int]
-    offset: int
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., stride: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ...) -> None: ...
+    weight_leaves: int
+    weights_bytes: int
+    derived_bytes: int
+    shardings_bytes: int
+    def __init__(self, shard_key: _Optional[str] = ..., incarnation: _Optional[str] = ..., generation: _Optional[int] = ..., content_id: _Optional[str] = ..., derived_id: _Optional[str] = ..., weights_id: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., coordinates: _Optional[_Union[_common_pb2.Coordinates, _Mapping]] = ..., revision: _Optional[str] = ..., ordinal: _Optional[int] = ..., build_facts: _Optional[bytes] = ..., states: _Optional[int] = ..., absent: _Optional[int] = ..., digest_bytes: _Optional[int] = ..., weight_leaves: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., derived_bytes: _Optional[int] = ..., shardings_bytes: _Optional[int] = ...) -> None: ...
 
 class States(_message.Message):
     __slots__ = ("states",)
