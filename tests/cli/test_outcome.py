@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from weightwire.cli.comparison import from_both, same_manifests, same_tokens
+from weightwire.cli.comparison import from_them, same_manifests, same_tokens
 from weightwire.cli.outcome import Outcome
 from weightwire.cli.phase_table import phase_table, summary
 
@@ -163,7 +163,16 @@ def test_manifests_that_differ_are_named() -> None:
     assert not same_manifests(first, outcome(rank(0))).ok
 
 
-def test_a_giver_that_gave_nothing_is_named() -> None:
-    assert from_both({("first", "tcp"): 5, ("second", "tcp"): 5}, ("first", "second")).ok
-    found = from_both({("first", "tcp"): 5}, ("first", "second"))
-    assert (found.ok, found.detail) == (False, "the third replica took nothing from second")
+def test_who_gave_the_bytes_is_named() -> None:
+    givers = ("first", "second")
+    both = from_them({("first", "tcp"): 5, ("second", "tcp"): 5}, givers)
+    assert (both.ok, both.detail) == (True, "the third replica took its bytes from first and second")
+    one = from_them({("second", "tcp"): 5}, givers)
+    assert one.ok
+    assert one.detail.startswith("the third replica took its bytes from second alone")
+    other = from_them({("first", "tcp"): 5, ("stranger", "tcp"): 5}, givers)
+    assert (other.ok, other.detail) == (
+        False,
+        "the third replica took its bytes from stranger, not from first and second",
+    )
+    assert not from_them({}, givers).ok

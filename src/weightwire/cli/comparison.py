@@ -43,15 +43,20 @@ def same_manifests(first: Outcome, second: Outcome) -> Check:
     return Check("manifests", ok=True, detail=detail)
 
 
-def from_both(taken: Mapping[tuple[str, str], int], givers: Sequence[str]) -> Check:
-    """Whether each of ``givers`` gave bytes.
+def from_them(taken: Mapping[tuple[str, str], int], givers: Sequence[str]) -> Check:
+    """Whether all bytes came from ``givers``: from each, unless one was done before the others were connected.
 
     Args:
         taken: (replica, path) -> bytes.
         givers: names of replicas.
     """
     given = {giver: sum(nbytes for (name, _), nbytes in taken.items() if name == giver) for giver in givers}
-    idle = [giver for giver, nbytes in given.items() if not nbytes]
-    if idle:
-        return Check("from both", ok=False, detail=f"the third replica took nothing from {' and '.join(idle)}")
-    return Check("from both", ok=True, detail=f"the third replica took its bytes from {' and '.join(givers)}")
+    others = sorted({name for name, _ in taken} - set(givers))
+    if others or not any(given.values()):
+        detail = (
+            f"the third replica took its bytes from {' and '.join(others) or 'nobody'}, not from {' and '.join(givers)}"
+        )
+        return Check("sources", ok=False, detail=detail)
+    busy = [giver for giver in givers if given[giver]]
+    alone = "" if len(busy) == len(givers) else " alone, which was done before the others were connected"
+    return Check("sources", ok=True, detail=f"the third replica took its bytes from {' and '.join(busy)}{alone}")

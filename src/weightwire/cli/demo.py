@@ -11,7 +11,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
 
-from weightwire.cli.comparison import Check, from_both, same_manifests, same_tokens
+from weightwire.cli.comparison import Check, from_them, same_manifests, same_tokens
 from weightwire.cli.demo_stage import Model, Stage
 from weightwire.cli.frame import JsonOption, VerboseOption, begin, is_verbose, out, progress_console, settings
 from weightwire.cli.listing import human_bytes, printable
@@ -76,7 +76,7 @@ def demo(
 
     Builds SmolLM2-135M once (270 MB, kept in the user's cache), then starts a metadata server and the replicas on this
     machine; the second and the third have config and tokenizer, but no weight files. Exits with 1 unless the first two
-    give the same 8 x 32 greedy tokens and hold the same manifests, and the third took bytes from both.
+    give the same 8 x 32 greedy tokens and hold the same manifests, and the third took all its bytes from these.
     """
     begin(verbose=verbose)
     if tp not in (1, 3):
@@ -113,7 +113,7 @@ def _play(stage: Stage, tp: int, story: _Story) -> Model:
     _load(stage, model, story, "third")
     for (peer, path), nbytes in story.outcomes[-1].taken(story.names).items():
         story.tell(f"         {human_bytes(nbytes):>8} from {peer} over {escape(printable(path))}")
-    story.check(from_both(story.outcomes[-1].taken(story.names), ("first", "second")))
+    story.check(from_them(story.outcomes[-1].taken(story.names), ("first", "second")))
     return model
 
 
