@@ -90,7 +90,7 @@ class Node:
         """Tell the metadata server that this shard is being loaded here; bytes follow with ``hold`` and ``offer``.
 
         Returns once the server has it, so that whoever asks it afterwards knows who came earlier; where it cannot be
-        reached within ``ANNOUNCE_S``, it is told later.
+        reached within ``ANNOUNCE_S``, it is told later. One under that key that is over is first withdrawn to its end.
 
         Raises:
             ProtocolError: this process already publishes under that key.

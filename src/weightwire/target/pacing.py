@@ -77,7 +77,7 @@ class PacedConnection:
 
     def read(self, span: Span, into: Registration) -> PacedRead:
         """See the contract."""
-        into.memory.slices(span)  # IndexError before anything is asked for
+        into.memory.check(span)  # IndexError before anything is asked for
         pieces = _cut(span, self._pacer.piece)
         read = PacedRead(self, into, len(pieces))
         self._unstarted.extend((read, piece) for piece in pieces)

@@ -174,7 +174,7 @@ class FaultyConnection:
         number = self._reads
         fault = self._plan.decide(self._number, number)
         if isinstance(fault, Cut):
-            into.memory.slices(span)
+            into.memory.check(span)
             self.inner.fence(time.monotonic() + 5.0)
             read: Read = _Broken()
         else:

@@ -180,7 +180,7 @@ class InprocConnection:
 
     def read(self, span: Span, into: Registration) -> InprocRead:
         """Note the read; ``wait`` does it."""
-        into.memory.slices(span)  # IndexError before the gate is asked
+        into.memory.check(span)  # IndexError before the gate is asked
         self._stop.check(math.inf)
         read = InprocRead(self, span, into)
         self._reads.append(read)
