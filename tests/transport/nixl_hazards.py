@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from weightwire.errors import ConfigError, PeerLost, PeerStalled, TransferError
 from weightwire.manifest.address import AddressSpace, Region, Segment
 from weightwire.transport.nixl import NixlTransport
 from weightwire.transport.nixl.agent import Agent
+from weightwire.transport.nixl.connection import CopyingRead
+from weightwire.transport.nixl.registration import NixlRegistration
 from weightwire.types import Span
 
 
@@ -147,3 +150,41 @@ def test_an_idle_source_takes_no_core() -> None:
     time.sleep(0.5)
     assert time.process_time() - before < 0.25
     source.close()
+
+
+def test_what_the_reader_copies_itself_comes_when_it_is_waited_for_and_in_order(reader: Reader) -> None:
+    reader.refill(0)
+    content, half = pattern(NBYTES), NBYTES // 2
+    assert (reader.connection.depth, reader.connection.streams) == (1, 2)
+    first = reader.connection.read(Span(0, half), reader.into)
+    second = reader.connection.read(Span(half, NBYTES - half), reader.into)
+    assert isinstance(first, CopyingRead)
+    assert isinstance(second, CopyingRead)
+    assert not reader.landed().any()
+    first.wait_for(1000, soon(5))
+    assert np.array_equal(reader.landed()[:1000], content[:1000])
+    assert not reader.landed()[1000:].any()
+    second.wait_for(1000, soon(20))
+    assert first.finished
+    assert np.array_equal(reader.landed()[: half + 1000], content[: half + 1000])
+    assert not reader.landed()[half + 1000 :].any()
+    second.wait(soon(20))
+    assert second.finished
+    assert np.array_equal(reader.landed(), content)
+
+
+def test_a_wait_that_is_late_can_go_on(reader: Reader) -> None:
+    reader.refill(0)
+    read = reader.connection.read(Span(0, NBYTES), reader.into)
+    with pytest.raises(PeerStalled):
+        read.wait(time.monotonic() - 1)
+    assert not reader.landed().any()
+    read.wait(soon(20))
+    assert np.array_equal(reader.landed(), pattern(NBYTES))
+
+
+def test_a_second_connection_does_not_pay_for_many_small_tensors(reader: Reader) -> None:
+    assert isinstance(reader.into, NixlRegistration)
+    many = [Segment(at * 64, 4096 + at * 64, 64, "cpu") for at in range(1000)]
+    reader.connection._peer = replace(reader.connection._peer, memory=AddressSpace(many, [], None))
+    assert reader.connection.streams == 1

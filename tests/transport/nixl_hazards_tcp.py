@@ -14,6 +14,7 @@ from transport.peers import LEASE, SECRET, SourceProcess, pattern, soon, thread
 
 from weightwire.errors import FenceTimeout, PeerLost, PeerStalled, TransferError
 from weightwire.transport.nixl import NixlTransport, connection
+from weightwire.transport.nixl.connection import NixlRead
 from weightwire.types import Span
 
 
@@ -83,6 +84,7 @@ def test_h26_a_fence_lets_answers_under_way_arrive(reader: Reader, monkeypatch: 
     """UCX may abort a source if its reader leaves in the middle of an answer."""
     monkeypatch.setattr(connection, "DRAIN_S", 20.0)  # enough on any machine
     read = reader.start()
+    assert isinstance(read, NixlRead)
     reader.source.freeze()
     with pytest.raises(PeerStalled):  # what it sent has arrived; what was asked for meanwhile has not
         read.wait(soon(0.4))

@@ -12,7 +12,7 @@ from transport import nixl_backends
 from transport.peers import LEASE, MIB, Bytes, SourceProcess, joined, soon, space
 
 from weightwire.errors import PeerStalled
-from weightwire.transport.nixl.connection import NixlConnection, NixlRead
+from weightwire.transport.nixl.connection import CopyingRead, NixlConnection, NixlRead
 from weightwire.types import Span
 
 NBYTES = 48 * MIB
@@ -32,7 +32,7 @@ class Reader:
     def connect(self) -> NixlConnection:
         return self.transport.connect(self.source.endpoint, LEASE, soon())
 
-    def start(self) -> NixlRead:
+    def start(self) -> NixlRead | CopyingRead:
         """A read of everything that has really begun and is not done; on a busy machine it may take some tries."""
         until = time.monotonic() + 30
         while time.monotonic() < until:
@@ -42,7 +42,7 @@ class Reader:
                 return read
         raise AssertionError("every read was over before it could be caught at it")
 
-    def _caught(self, read: NixlRead, until: float) -> bool:
+    def _caught(self, read: NixlRead | CopyingRead, until: float) -> bool:
         while time.monotonic() < until:
             with contextlib.suppress(PeerStalled):
                 read.wait(soon(0.002))

@@ -25,7 +25,16 @@ from weightwire.target.peers import Bounds, NoDerivedError, NothingNewError, Pee
 from weightwire.target.schedule import Flight, Lane, Schedule
 from weightwire.target.verification import Verification
 from weightwire.target.work import Work
-from weightwire.transport.base import Connection, DigestingRead, GrowingRead, Read, Registration, worthwhile_bytes
+from weightwire.transport.base import (
+    Connection,
+    DigestingRead,
+    GrowingRead,
+    Read,
+    Registration,
+    step_bytes,
+    streams_that_pay,
+    worthwhile_bytes,
+)
 from weightwire.transport.memory import HOST
 
 log = logging.getLogger(__name__)
@@ -185,14 +194,24 @@ class _PeerPull:
         self.number = pull.work.join(count, 0 if session.growing else session.limit, session.share)
         self.has = 0 if session.growing else session.limit
         self.delivered = self.grown = time.monotonic()
-        self.threads = [
-            threading.Thread(target=self._lane, args=(Lane(self.number, n),), name=f"weightwire-lane-{n}", daemon=True)
-            for n in range(count)
-        ]
+        self.threads = [self._thread(n) for n in range(count)]
+
+    def _thread(self, number: int) -> threading.Thread:
+        lane = Lane(self.number, number)
+        return threading.Thread(target=self._lane, args=(lane,), name=f"weightwire-lane-{number}", daemon=True)
 
     def start(self) -> None:
         self.session.watch(self.fail, self.offers)
-        for thread in self.threads:
+        for thread in tuple(self.threads):  # the first may add to them
+            thread.start()
+
+    def _widen(self, streams: int) -> None:
+        """More lanes, where the first connection shows that they pay."""
+        streams = min(streams, self.pull.bounds.lanes, max(len(self.pull.work), 1))
+        with self.pull.lock:
+            more = [self._thread(number) for number in range(len(self.threads), streams)]
+            self.threads += more
+        for thread in more:
             thread.start()
 
     @property
@@ -308,6 +327,7 @@ class _PeerPull:
         except (TransferError, AuthError) as error:
             self.fail(error)
             return False
+        self._widen(streams_that_pay(connection))
         driven = _Lane(self, connection, lane)
         with self.pull.lock:
             self.lanes[lane] = driven
@@ -348,6 +368,7 @@ class _Lane:
         devices = {device == HOST for device in self.into.memory.devices()}
         self.on_device, self.on_host = devices == {False}, devices <= {True}
         self.together = worthwhile_bytes(connection)  # bytes of chunks that one read asks for
+        self.step = step_bytes(connection)
         self.checks = Checks(self._check_aside)
 
     def drive(self) -> None:
@@ -401,7 +422,7 @@ class _Lane:
         if isinstance(read, DigestingRead):
             arriving = self.verification.arriving(self.into.memory, flight.leaves)
         if arriving is None:
-            self._check_by_leaf(flight, read, deadline)
+            self._check_by_step(flight, read, deadline)
             return
         assert isinstance(read, DigestingRead)
         began = time.monotonic()
@@ -409,16 +430,21 @@ class _Lane:
         self.verification.compare(arriving.digests(), flight.leaves, self.peer.share.peer)
         self.settle(flight, None, time.monotonic() - began - arriving.hashing_s, arriving.hashing_s)
 
-    def _check_by_leaf(self, flight: Flight, read: GrowingRead, deadline: float) -> None:
+    def _check_by_step(self, flight: Flight, read: GrowingRead, deadline: float) -> None:
         wire_s = verify_s = 0.0
         leaves = self.pull.manifest.layout.leaves
+        first = flight.first
         for leaf in flight.leaves:
+            end = leaves[leaf].span.end
+            if end - leaves[first].span.offset < self.step and end < flight.span.end:
+                continue
             began = time.monotonic()
-            read.wait_for(leaves[leaf].span.end - flight.span.offset, deadline)
+            read.wait_for(end - flight.span.offset, deadline)
             arrived = time.monotonic()
-            self.verification.check(self.into.memory, range(leaf, leaf + 1), self.peer.share.peer)
+            self.verification.check(self.into.memory, range(first, leaf + 1), self.peer.share.peer)
             wire_s += arrived - began
             verify_s += time.monotonic() - arrived
+            first = leaf + 1
         self.settle(flight, None, wire_s, verify_s)
 
     def _check(self, flight: Flight, bounce: Bounce | None, wire_s: float) -> None:

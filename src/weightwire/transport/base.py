@@ -180,5 +180,15 @@ def worthwhile_bytes(connection: Connection) -> int:
     return int(getattr(connection, "read_bytes", 0))
 
 
+def step_bytes(connection: Connection) -> int:
+    """Of a growing read, what is worth waiting for at a time (``step_bytes``); 0 where less always is."""
+    return int(getattr(connection, "step_bytes", 0))
+
+
+def streams_that_pay(connection: Connection) -> int:
+    """How many connections to this peer do, now that the way is known (``streams``); 0 where the transport knew."""
+    return int(getattr(connection, "streams", 0))
+
+
 MAX_ENDPOINT_BYTES = 64 * 1024 * 1024
 """A description of 100,000 tensors over ``nixl`` is about 5 MB; more than this is refused unread."""

@@ -42,6 +42,19 @@ TCP_BYTES = 1024 * 1024
 DRAIN_S = 0.5
 """How long a fence lets arrive what is under way over TCP."""
 
+COPYING: Way = ("cpu", "cpu")
+"""Between host memories, which cross-memory attach copies in the thread that asks."""
+
+STEP_BYTES = 4 * 1024 * 1024
+"""Where the reading thread itself copies, what it copies before it looks at it: a round of the interpreter for less
+costs too much, and more is in no cache any more when it is digested."""
+
+COPYING_STREAMS = 2
+"""Connections that pay there, since then two cores copy and digest."""
+
+COPYING_TENSOR = 256 * 1024
+"""Bytes in one piece, on average, below which a second one does not: all pieces are registered for it, too."""
+
 _EAGER_S = 0.02
 _NAP_S = 0.0001
 
@@ -51,15 +64,59 @@ _log = logging.getLogger(__name__)
 class NixlRead:
     """One read; see :class:`~weightwire.transport.base.Read`. ``wait`` drives the transfers."""
 
-    def __init__(self, connection: NixlConnection, pieces: Iterable[Piece], *, probe: bool = False) -> None:
+    def __init__(
+        self,
+        connection: NixlConnection,
+        pieces: Iterable[Piece],
+        before: CopyingRead | None = None,
+        *,
+        probe: bool = False,
+    ) -> None:
         self._connection = connection
+        self._before = before
         self.pieces = deque(pieces)
         self.probe = probe
         self.finished = False
 
     def wait(self, deadline: float) -> None:
         """Finish this read, and all before it."""
+        if self._before is not None:
+            self._before.wait(deadline)
+            self._before = None
         self._connection.drive(self, deadline)
+
+
+class CopyingRead:
+    """One read that the waiting thread copies by itself, in order: nothing of it moves in between."""
+
+    def __init__(
+        self, connection: NixlConnection, joined: Joined, span: Span, before: NixlRead | CopyingRead | None
+    ) -> None:
+        self._connection = connection
+        self._joined = joined
+        self._span = span
+        self._before = before
+        self._begun = 0  # bytes of pieces that were made; those that are left were not copied
+        self._pieces: deque[Piece] = deque()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of it is in place."""
+        return self._begun == self._span.nbytes and not self._pieces
+
+    def wait(self, deadline: float) -> None:
+        """Copy what is left, and all reads before it."""
+        self.wait_for(self._span.nbytes, deadline)
+
+    def wait_for(self, nbytes: int, deadline: float) -> None:
+        """Copy what is left of the first ``nbytes`` bytes, and of all reads before this one."""
+        if self._before is not None:
+            self._before.wait(deadline)
+            self._before = None
+        if nbytes > self._begun:
+            self._pieces.extend(self._joined.pieces(Span(self._span.offset + self._begun, nbytes - self._begun)))
+            self._begun = nbytes
+        self._connection.copy(self._pieces, deadline)
 
 
 class NixlConnection:
@@ -89,6 +146,7 @@ class NixlConnection:
         self._places = Places()
         self._reads: deque[NixlRead] = deque()
         self._posted: deque[tuple[int, NixlRead]] = deque()
+        self._last: NixlRead | CopyingRead | None = None
         self._ways: dict[Way, tuple[str, ...]] = {}
         self._probed: tuple[str, ...] = ()
         self._scratch = np.frombuffer(mmap.mmap(-1, PROBE_BYTES), dtype=np.uint8)  # a page of its own: see Places
@@ -102,8 +160,25 @@ class NixlConnection:
 
     @property
     def depth(self) -> int:
-        """See the contract."""
-        return DEPTH
+        """See the contract. A thread that copies by itself does one thing at a time."""
+        return 1 if self.copies else DEPTH
+
+    @property
+    def copies(self) -> bool:
+        """Whether host memory is read over cross-memory attach: the reading thread itself copies it."""
+        return self._ways.get(COPYING, self._probed) == ("cma",)
+
+    @property
+    def streams(self) -> int:
+        """How many connections to this peer pay."""
+        memory = self._peer.memory
+        large = memory.span.nbytes >= COPYING_TENSOR * len(memory.all.offsets)
+        return COPYING_STREAMS if self.copies and large else 1
+
+    @property
+    def step_bytes(self) -> int:
+        """See ``STEP_BYTES``."""
+        return STEP_BYTES
 
     @property
     def read_bytes(self) -> int:
@@ -132,15 +207,28 @@ class NixlConnection:
         self._start(probe)
         probe.wait(deadline)
 
-    def read(self, span: Span, into: Registration) -> NixlRead:
-        """See the contract. Over cross-memory attach this moves up to ``pieces.MAX_BYTES`` before it returns.
+    def read(self, span: Span, into: Registration) -> NixlRead | CopyingRead:
+        """See the contract.
 
         Raises:
             TransferError: ``into`` cannot be registered, or the way is TCP (see ``open``).
         """
-        read = NixlRead(self, self._joined(into, span).pieces(span))
+        joined = self._joined(into, span)
+        before = self._last if self._last is not None and not self._last.finished else None
+        if self.copies and joined.ways == {COPYING}:
+            self._last = CopyingRead(self, joined, span, before)
+            return self._last
+        # those of its own kind it knows by itself
+        read = self._last = NixlRead(self, joined.pieces(span), before if isinstance(before, CopyingRead) else None)
         self._start(read)
         return read
+
+    def copy(self, pieces: deque[Piece], deadline: float) -> None:
+        """Move ``pieces`` now, one after the other, and empty it; what ``CopyingRead.wait`` does."""
+        while pieces:
+            with self._lock:
+                self._check_open()
+                self._copy_next(pieces, deadline)
 
     def drive(self, read: NixlRead, deadline: float) -> None:
         """Move bytes until ``read`` is finished; what ``NixlRead.wait`` does."""
@@ -216,14 +304,35 @@ class NixlConnection:
     def _post_next(self) -> bool:
         for read in self._reads:
             if read.pieces:
-                piece = read.pieces.popleft()
-                way = (piece.local.partition(":")[0], piece.remote.partition(":")[0])
-                piece, rest = piece.split(self._most(way, piece))
-                read.pieces.extendleft([rest] if rest else [])
-                self._posted.append((self._agent.post(piece, self._peer.agent), read))
-                self._look_at_way(way, probe=read.probe)
+                self._posted.append((self._post(read.pieces, probe=read.probe), read))
                 return True
         return False
+
+    def _copy_next(self, pieces: deque[Piece], deadline: float) -> None:
+        late = PeerStalled("a nixl read was not done in time", "fence it and read from another peer")
+        if time.monotonic() >= deadline:
+            raise late
+        try:
+            handle = self._post(pieces)
+            while not self._agent.done(handle):
+                if time.monotonic() >= deadline:
+                    raise late
+                time.sleep(_NAP_S)
+            self._agent.release(handle)
+        except WeightwireError as error:  # a piece may be under way: nothing is read behind it
+            self._over = self._over or error.problem
+            raise
+
+    def _post(self, pieces: deque[Piece], *, probe: bool = False) -> int:
+        """Post the first of ``pieces``, or the first part of it."""
+        piece = pieces.popleft()
+        way = (piece.local.partition(":")[0], piece.remote.partition(":")[0])
+        piece, rest = piece.split(self._most(way, piece))
+        if rest is not None:
+            pieces.appendleft(rest)
+        handle = self._agent.post(piece, self._peer.agent)
+        self._look_at_way(way, probe=probe)
+        return handle
 
     def _most(self, way: Way, piece: Piece) -> int:
         if way not in self._ways:
@@ -261,6 +370,7 @@ class NixlConnection:
             self._agent.destroy()
             self._reads.clear()
             self._posted.clear()
+            self._last = None
             self._registered.clear()
 
     def _drain(self) -> None:

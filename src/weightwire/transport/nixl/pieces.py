@@ -77,6 +77,9 @@ class Joined:
     Args:
         local: our memory.
         remote: theirs. What only one of both has cannot be read.
+
+    Attributes:
+        ways: kinds of memory on both sides that a read may go between.
     """
 
     def __init__(self, local: AddressSpace, remote: AddressSpace) -> None:
@@ -84,6 +87,7 @@ class Joined:
         self.span = Span(begin, max(0, min(local.span.end, remote.span.end) - begin))
         ours, theirs = local.columns(self.span), remote.columns(self.span)
         self._names = list(itertools.product(ours.devices, theirs.devices))
+        self.ways = {(one.partition(":")[0], other.partition(":")[0]) for one, other in self._names}
         begins = np.union1d(ours.offsets, theirs.offsets)
         here, there = _at(ours, begins), _at(theirs, begins)
         sizes = np.diff(begins, append=self.span.end)
