@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import mmap
+import os
 import threading
 import time
 from collections import deque
@@ -49,8 +50,8 @@ STEP_BYTES = 4 * 1024 * 1024
 """Where the reading thread itself copies, what it copies before it looks at it: a round of the interpreter for less
 costs too much, and more is in no cache any more when it is digested."""
 
-COPYING_STREAMS = 2
-"""Connections that pay there, since then two cores copy and digest."""
+COPYING_STREAMS = min(4, len(os.sched_getaffinity(0)))
+"""Connections that pay there: as many cores copy and digest (``docs/performance.md``)."""
 
 COPYING_TENSOR = 256 * 1024
 """Bytes in one piece, on average, below which a second one does not: all pieces are registered for it, too."""
