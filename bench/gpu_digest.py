@@ -12,7 +12,7 @@ from gpu_bare import seconds, timed
 from torch import nn
 
 from weightwire.manifest import device_digest, digest
-from weightwire.manifest.address import AddressSpace, Segment
+from weightwire.manifest.address import AddressSpace, Segment, Spans
 from weightwire.manifest.catalogue import catalogue
 from weightwire.manifest.device_memory import tensor_at
 from weightwire.manifest.records import Leaf
@@ -46,7 +46,7 @@ def _kernels(memory: AddressSpace, leaves: tuple[Leaf, ...], few: list[Span], de
     from weightwire.manifest import device_kernel
     from weightwire.manifest.device_blocks import Blocks
 
-    blocks = Blocks(memory.segments, [leaf.span for leaf in leaves])
+    blocks = Blocks(memory.all, Spans.of([leaf.span for leaf in leaves]))
     address, nbytes = blocks.address[blocks.whole], blocks.nbytes[blocks.whole]
     out = torch.empty(len(address), dtype=torch.int64, device=device)
     speeds, values = {}, set()
@@ -80,8 +80,8 @@ def _run(memory: AddressSpace, leaves: tuple[Leaf, ...], count: int, device: str
 def _twin(memory: AddressSpace, spans: list[Span], device: str) -> bytes:
     from weightwire.manifest.device_blocks import Blocks
 
-    first = memory.slices(Span(spans[0].offset, spans[-1].end - spans[0].offset))
-    blocks = Blocks(first, spans)
+    first = memory.columns(Span(spans[0].offset, spans[-1].end - spans[0].offset))
+    blocks = Blocks(first, Spans.of(spans))
     rows = np.arange(len(blocks))
     values = device_digest._by_tensor_operations(blocks, rows, device)  # noqa: SLF001
     return device_digest._combined(values, blocks.counts)  # noqa: SLF001

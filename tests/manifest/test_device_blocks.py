@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from manifest_support import BLOCK, reference_digest, space
 
 from weightwire.manifest import device_digest, digest
-from weightwire.manifest.address import AddressSpace
+from weightwire.manifest.address import AddressSpace, Spans
 from weightwire.manifest.device_blocks import ALIGNMENT, Blocks
 from weightwire.manifest.leaves import LEAF_BYTES
 from weightwire.manifest.memory import view
@@ -34,7 +34,7 @@ def made(cuts: list[int], spans: list[tuple[int, int]], gap: int) -> tuple[bytes
 @given(cuts=cuts_of, spans=spans_of, gap=st.integers(0, 40))
 def test_every_block_is_where_the_table_says(cuts: list[int], spans: list[tuple[int, int]], gap: int) -> None:
     data, memory, inside = made(cuts, spans, gap)
-    blocks = Blocks(memory.segments, inside)
+    blocks = Blocks(memory.all, Spans.of(inside))
     expected = [data[at : min(at + BLOCK, span.end)] for span in inside for at in range(span.offset, span.end, BLOCK)]
     assert blocks.counts.tolist() == [-(-span.nbytes // BLOCK) for span in inside]
     assert blocks.nbytes.tolist() == [len(block) for block in expected]
@@ -79,7 +79,7 @@ def test_runs_of_spans_have_the_digests_that_they_have_alone(cuts: list[int], ga
 
 def test_pieces_that_follow_each_other_are_copied_at_once() -> None:
     memory = space(bytes(4 * BLOCK), [2 * BLOCK], 7)
-    blocks = Blocks(memory.segments, [memory.span])
+    blocks = Blocks(memory.all, Spans.of([memory.span]))
     first, second = memory.segments
     runs = list(blocks.pieces(np.arange(4)).runs())
     assert runs == [(0, first.address, 2 * BLOCK), (2 * BLOCK, second.address, 2 * BLOCK)]

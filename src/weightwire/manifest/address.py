@@ -88,6 +88,39 @@ class Columns(NamedTuple):
         return [Segment(offset, address, nbytes, self.devices[home]) for offset, address, nbytes, home in rows]
 
 
+class Spans(NamedTuple):
+    """Spans as arrays, for the leaves of a shard, of which there may be a hundred thousand.
+
+    Attributes:
+        offsets: logical offsets.
+        sizes: in bytes; may be zero.
+    """
+
+    offsets: Numbers
+    sizes: Numbers
+
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> Spans:
+        """Of any spans, in their order."""
+        offsets = np.fromiter((span.offset for span in spans), np.int64, len(spans))
+        return cls(offsets, np.fromiter((span.nbytes for span in spans), np.int64, len(spans)))
+
+    @property
+    def hull(self) -> Span:
+        """From the first to the last byte of those that have any.
+
+        Raises:
+            IndexError: one has less than none.
+        """
+        if np.any(self.sizes < 0):
+            raise IndexError("a span of less than no bytes")
+        filled = self.sizes > 0
+        if not np.any(filled):
+            return Span(0, 0)
+        offset = int(self.offsets[filled].min())
+        return Span(offset, int((self.offsets + self.sizes)[filled].max()) - offset)
+
+
 class AddressSpace:
     """Segments that cover ``[start, end)`` of a logical byte string without a gap, and what keeps them alive.
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from weightwire.manifest.address import Segment
+from weightwire.manifest.address import Columns, Spans
 from weightwire.manifest.records import BLOCK_BYTES
-from weightwire.types import Span
 
 ALIGNMENT = 16
 """What the address of a block must be a multiple of to be hashed where it lies."""
@@ -47,7 +46,7 @@ class Blocks:
     """The blocks of some spans, span after span.
 
     Args:
-        segments: memory of at least these spans, ascending by offset, without a gap inside a span.
+        segments: memory of at least these spans, without a gap inside a span.
         spans: any, in the order wanted.
 
     Attributes:
@@ -57,19 +56,25 @@ class Blocks:
         whole: whether it is one run of memory and aligned, so that it can be hashed where it lies.
     """
 
-    def __init__(self, segments: Sequence[Segment], spans: Sequence[Span]) -> None:
-        self._offset = _column(len(segments), (segment.offset for segment in segments))
-        self._address = _column(len(segments), (segment.address for segment in segments))
-        self._end = self._offset + _column(len(segments), (segment.nbytes for segment in segments))
-        begin = _column(len(spans), (span.offset for span in spans))
-        size = _column(len(spans), (span.nbytes for span in spans))
+    def __init__(self, segments: Columns, spans: Spans) -> None:
+        self._offset, self._address = segments.offsets, segments.addresses
+        self._end = segments.offsets + segments.sizes
+        begin, size = spans
         self.counts = -(-size // BLOCK_BYTES)
-        number = _within(self.counts)
-        self._begin = np.repeat(begin, self.counts) + number * BLOCK_BYTES
-        self.nbytes = np.minimum(np.repeat(size, self.counts) - number * BLOCK_BYTES, BLOCK_BYTES)
-        home = self._home(self._begin)
-        self.address = self._address[home] + self._begin - self._offset[home]
+        number = _within(self.counts) * BLOCK_BYTES
+        self._begin = np.repeat(begin, self.counts) + number
+        self.nbytes = np.minimum(np.repeat(size, self.counts) - number, BLOCK_BYTES)
+        home = self._homes(begin, size)
+        self.address = self._begin + (self._address - self._offset)[home]
         self.whole = (self._begin + self.nbytes <= self._end[home]) & (self.address % ALIGNMENT == 0)
+
+    def _homes(self, begin: Column, size: Column) -> Column:
+        """Number of the segment that each block begins in; asked for block by block only where a span has several."""
+        first = self._home(begin)
+        found = np.repeat(first, self.counts)
+        several = np.repeat((size > 0) & (self._home(begin + size - 1) != first), self.counts)
+        found[several] = self._home(self._begin[several])
+        return found
 
     def __len__(self) -> int:
         return len(self.nbytes)
@@ -89,10 +94,6 @@ class Blocks:
         """Number of the segment that each offset lies in."""
         found: Column = np.searchsorted(self._offset, offset, side="right") - 1
         return found
-
-
-def _column(count: int, values: Iterator[int]) -> Column:
-    return np.fromiter(values, dtype=np.int64, count=count)
 
 
 def _within(counts: Column) -> Column:

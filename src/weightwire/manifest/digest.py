@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from weightwire.manifest import device_digest
-from weightwire.manifest.address import AddressSpace, Segment
+from weightwire.manifest.address import AddressSpace, Segment, Spans
 from weightwire.manifest.device_digest import SpanDigests
 from weightwire.manifest.device_memory import tensor_at
 from weightwire.manifest.host_digest import ArrivingDigests, HostDigests
@@ -87,8 +87,9 @@ class LeafDigests:
     def __init__(self, memory: AddressSpace, leaves: Sequence[Leaf]) -> None:
         self._memory = memory
         self._leaves = leaves
-        home = _device(memory, leaves)
-        self._tables = None if home == _MIXED else _tables(memory, leaves, home, hot=True)
+        spans = _spans(leaves)
+        home = _device(memory, spans)
+        self._tables = None if home == _MIXED else _tables(memory, spans, home, hot=True)
 
     def of(self, leaves: range) -> bytes:
         """Digests of the leaves numbered ``leaves`` (step 1), one after the other."""
@@ -119,11 +120,11 @@ class _Group:
 
 
 def _groups(memory: AddressSpace, leaves: Sequence[Leaf]) -> Iterator[_Group]:
-    home = _device(memory, leaves)
+    home = _device(memory, _spans(leaves))
     if home != _MIXED:
         yield from _batches(memory, leaves, home)
         return
-    for device, run in itertools.groupby(leaves, lambda leaf: _device(memory, [leaf])):
+    for device, run in itertools.groupby(leaves, lambda leaf: _device(memory, _spans([leaf]))):
         if device != _MIXED:
             yield from _batches(memory, list(run), device)
             continue
@@ -133,30 +134,28 @@ def _groups(memory: AddressSpace, leaves: Sequence[Leaf]) -> Iterator[_Group]:
 
 def _batches(memory: AddressSpace, leaves: Sequence[Leaf], device: str) -> Iterator[_Group]:
     if device == _HOST:
-        tables = _tables(memory, leaves, device)
+        tables = _tables(memory, _spans(leaves), device)
         for at in range(0, len(leaves), _HOST_GROUP):
             end = min(at + _HOST_GROUP, len(leaves))
             yield _Group(functools.partial(tables.of, at, end), _nbytes(leaves[at:end]))
         return
     step = device_digest.batch_leaves(device)
     for at in range(0, len(leaves), step):
-        spans = [leaf.span for leaf in leaves[at : at + step]]
+        spans = _spans(leaves[at : at + step])
         yield _Group(functools.partial(device_digest.digest_spans, memory, spans), _nbytes(leaves[at : at + step]))
 
 
-def _tables(
-    memory: AddressSpace, leaves: Sequence[Leaf], device: str, *, hot: bool = False
-) -> HostDigests | SpanDigests:
-    spans = [leaf.span for leaf in leaves]
+def _tables(memory: AddressSpace, spans: Spans, device: str, *, hot: bool = False) -> HostDigests | SpanDigests:
     return HostDigests(memory, spans, hot=hot) if device == _HOST else SpanDigests(memory, spans)
 
 
-def _device(memory: AddressSpace, leaves: Sequence[Leaf]) -> str:
-    """Where all memory from the first to the last byte of ``leaves`` lies."""
-    if not leaves:
-        return _HOST
-    begin, end = min(leaf.span.offset for leaf in leaves), max(leaf.span.end for leaf in leaves)
-    devices = memory.devices(Span(begin, end - begin))
+def _spans(leaves: Sequence[Leaf]) -> Spans:
+    return Spans.of([leaf.span for leaf in leaves])
+
+
+def _device(memory: AddressSpace, spans: Spans) -> str:
+    """Where all memory from the first to the last byte of ``spans`` lies."""
+    devices = memory.devices(spans.hull)
     return _MIXED if len(devices) > 1 else next(iter(devices), _HOST)
 
 

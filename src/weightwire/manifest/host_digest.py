@@ -12,7 +12,7 @@ import numpy.typing as npt
 import xxhash
 
 from weightwire.manifest import xxhash_blocks
-from weightwire.manifest.address import AddressSpace
+from weightwire.manifest.address import AddressSpace, Spans
 from weightwire.manifest.host_library import Arrival, HostLibrary, Tables, loaded
 from weightwire.manifest.records import BLOCK_BYTES
 from weightwire.types import Span
@@ -41,23 +41,24 @@ class HostDigests:
     def __init__(
         self,
         memory: AddressSpace,
-        spans: Sequence[Span],
+        spans: Sequence[Span] | Spans,
         library: HostLibrary | str | None = None,
         *,
         hot: bool = False,
     ) -> None:
-        self._memory, self._spans, self._hot = memory, spans, hot
+        self._spans = spans if isinstance(spans, Spans) else Spans.of(spans)
+        self._count = len(self._spans.offsets)
+        self._memory, self._hot = memory, hot
         found = loaded() if library is None else library
         self._library = found if isinstance(found, HostLibrary) else None
-        begin = np.fromiter((span.offset for span in spans), np.int64, len(spans))
-        nbytes = np.fromiter((span.nbytes for span in spans), np.int64, len(spans))
-        columns = memory.columns(_hull(begin, nbytes))
+        begin, nbytes = self._spans
+        columns = memory.columns(self._spans.hull)
         first = np.maximum(np.searchsorted(columns.offsets, begin, side="right") - 1, 0)
         skip = begin - columns.offsets[first] if len(columns.offsets) else begin
         self._ends = np.concatenate(([0], np.cumsum(-(-nbytes // BLOCK_BYTES))))  # in blocks
         self._columns = columns.addresses, columns.sizes, first, skip, nbytes  # the tables name their memory
         address, size, home, before, length = (column.ctypes.data for column in self._columns)
-        self._tables = Tables(address, size, len(columns.offsets), home, before, length, len(spans))
+        self._tables = Tables(address, size, len(columns.offsets), home, before, length, self._count)
 
     def of(self, first: int, end: int) -> bytes:
         """Digests of the spans numbered ``first`` to ``end``, one after the other.
@@ -65,10 +66,10 @@ class HostDigests:
         Raises:
             IndexError: there are no such spans.
         """
-        if not 0 <= first <= end <= len(self._spans):
-            raise IndexError(f"spans {first}..{end} of {len(self._spans)}")
+        if not 0 <= first <= end <= self._count:
+            raise IndexError(f"spans {first}..{end} of {self._count}")
         if self._library is None:
-            return b"".join(map(self._by_xxhash, self._spans[first:end]))
+            return b"".join(map(self._by_xxhash, range(first, end)))
         begin, stop = int(self._ends[first]), int(self._ends[end])
         brief = self._hot and stop - begin <= BRIEF_BLOCKS
         hashes = self._library.hashes(self._tables.part(first, end), stop - begin, brief=brief)
@@ -82,15 +83,16 @@ class HostDigests:
         Raises:
             IndexError: there are no such spans.
         """
-        if not 0 <= first <= end <= len(self._spans):
-            raise IndexError(f"spans {first}..{end} of {len(self._spans)}")
+        if not 0 <= first <= end <= self._count:
+            raise IndexError(f"spans {first}..{end} of {self._count}")
         if self._library is None:
             return None
         ends = self._ends[first : end + 1] - self._ends[first]
-        nbytes = sum(span.nbytes for span in self._spans[first:end])
+        nbytes = int(self._spans.sizes[first:end].sum())
         return ArrivingDigests(self._library, self._tables.part(first, end), ends, nbytes, self)
 
-    def _by_xxhash(self, span: Span) -> bytes:
+    def _by_xxhash(self, at: int) -> bytes:
+        span = Span(int(self._spans.offsets[at]), int(self._spans.sizes[at]))
         hashes = xxhash_blocks.block_hashes(self._memory.slices(span))
         return xxhash.xxh3_128_digest(struct.pack(f"<{len(hashes)}Q", *hashes))
 
@@ -148,14 +150,3 @@ def _combined(hashes: memoryview, ends: Numbers) -> Iterator[bytes]:
     """Of leaves whose first block each is number ``ends`` of all."""
     places = (ends * HASH_BYTES).tolist()
     return (xxhash.xxh3_128_digest(hashes[begin:stop]) for begin, stop in itertools.pairwise(places))
-
-
-def _hull(begin: Numbers, nbytes: Numbers) -> Span:
-    """From the first to the last byte of spans that have any."""
-    if np.any(nbytes < 0):
-        raise IndexError("a span of less than no bytes")
-    filled = nbytes > 0
-    if not np.any(filled):
-        return Span(0, 0)
-    offset = int(begin[filled].min())
-    return Span(offset, int((begin + nbytes)[filled].max()) - offset)

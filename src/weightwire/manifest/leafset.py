@@ -9,10 +9,11 @@ def mask_of(leaves: Iterable[int]) -> int:
     """A set of leaf indices as bits."""
     if isinstance(leaves, range) and leaves.step == 1:
         return ((1 << len(leaves)) - 1) << leaves.start if leaves else 0
-    found = 0
-    for index in leaves:
-        found |= 1 << index
-    return found
+    chosen = list(leaves)
+    bits = bytearray(max(chosen, default=0) // 8 + 1)  # a number would be copied for each of a hundred thousand
+    for index in chosen:
+        bits[index >> 3] |= 1 << (index & 7)
+    return int.from_bytes(bits, "little")
 
 
 def indices(mask: int) -> Iterator[int]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from weightwire.manifest.leafset import indices, lowest, mask_of
+from weightwire.manifest.leafset import lowest, mask_of, runs
 from weightwire.manifest.records import Leaf
 from weightwire.target.delivery import Peer
 from weightwire.target.shares import EVERYTHING, Share, Shares
@@ -150,7 +150,7 @@ class Schedule:
         self._all = (1 << len(leaves)) - 1
         self._wanted = mask_of(missing)
         self._missing = self._wanted
-        self._missing_bytes = sum(leaves[at].span.nbytes for at in indices(self._wanted))
+        self._missing_bytes = sum(leaves[run[-1]].span.end - leaves[run[0]].span.offset for run in runs(self._wanted))
         self._verified = 0
         self._peers: list[Peer] = []
         self._pairs: dict[Flight, _Pair] = {}
