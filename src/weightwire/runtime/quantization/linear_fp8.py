@@ -67,7 +67,7 @@ class Fp8QdqMethod(QuantizedLinearMethod):
         for number, _, rows in rows_of(layer):
             own = scales[number]["weight_scale"]
             if own != common:
-                layer.weight[rows].copy_(fp8.requantise(layer.weight[rows], own, common))
+                fp8.requantise(layer.weight[rows], own, common)
         layer.weight_scale.copy_(common)
         if "input_scale" not in scales[0]:
             layer.input_scale = layer.inv_input_scale = None
