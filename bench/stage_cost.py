@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from processes import Child, Failed, Line
-from stage_cost_models import MODELS, sizes, unknown, write
+from stage_cost_models import sizes, unknown, write
 from stage_cost_rank import LOAD_S, prepare, rank, store
 from stage_cost_table import line_of
 
@@ -110,8 +110,8 @@ def chosen(arguments: argparse.Namespace) -> list[Row]:
     """The rows that are asked for, without those that nothing is known of here, which are named."""
     rows = []
     for row in sorted(ROWS):
-        asked = ((arguments.family, row.family), (arguments.quantization, row.quantization))
-        if not all(not only or value in only for only, value in (*asked, (arguments.parallel, row.parallel))):
+        asked = {field.name: getattr(arguments, field.name) for field in fields(Row)}
+        if any(only and getattr(row, name) not in only for name, only in asked.items()):
             continue
         if reason := unknown(row):
             print(f"not measured: {row}: {reason}", file=sys.stderr)
@@ -155,9 +155,9 @@ def _written(root: Path, family: str, quantization: str) -> tuple[Path, Path]:
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", action="append", choices=sorted(MODELS), help="only these")
-    parser.add_argument("--quantization", action="append", help="only these")
-    parser.add_argument("--parallel", action="append", help="only these")
+    for field in fields(Row):
+        values = sorted({getattr(row, field.name) for row in ROWS})
+        parser.add_argument(f"--{field.name.replace('_', '-')}", action="append", choices=values, help="only these")
     parser.add_argument("--json", action="store_true", help="one object a row, in bytes; lines go to stderr")
     parser.add_argument("--into", type=Path, help="add what is not in this file, which --json gave, and drop old rows")
     arguments = parser.parse_args()
