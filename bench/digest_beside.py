@@ -5,7 +5,7 @@ python bench/digest_beside.py [--layers 10] [--runs 9] [--rate 1e9] [--json]
 A native replica of one rank with a random model reads its checkpoint, which is in the page cache, and publishes the raw
 stage; each load is a process of its own, and the two ways take turns. Told are medians, with the least and the most:
 the read (until all bytes are in place), from then until it is published, and both together. ``after`` is what a replica
-does that cannot be followed: nothing is digested before all is read, and then by up to four threads. With ``--rate``
+does whose loading decides which tensors there are: it digests when all is read, by up to four threads. With ``--rate``
 each read waits as long as a disk of so many bytes a second would take.
 """
 
