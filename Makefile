@@ -104,6 +104,7 @@ generated: $(STAMP)
 	$(BIN)/python tools/gen_reference.py --check
 	$(BIN)/python tools/gen_hazards.py --check
 	$(BIN)/python tools/gen_support.py --check
+	$(BIN)/python bench/stage_cost_table.py --check
 
 bench: $(STAMP)
 	@for name in digest publish_cost tcp nixl cap; do echo "== $$name"; $(BIN)/python bench/$$name.py || exit 1; done
@@ -131,6 +132,7 @@ docs: $(STAMP)
 	$(BIN)/python tools/gen_reference.py
 	$(BIN)/python tools/gen_hazards.py
 	$(BIN)/python tools/gen_support.py
+	$(BIN)/python bench/stage_cost_table.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist src/weightwire/manifest/*.so

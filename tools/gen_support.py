@@ -26,7 +26,8 @@ Kernel layouts: `plain` leaves weights as they were loaded; `packed` runs the me
 is one rank, `tp` shares tensors, `ep` experts besides, `pp` layers. Under `attention_dp` ranks share the rows of a
 batch and the routed experts (cut them, or with `ep` share them whole), and each has all of the rest. A cut through a
 block or group of weights that are stored together is refused when the model is built, whatever the table says. All
-linear layers and experts are quantized; `kv_b_proj` of latent attention with `fp8_block` alone.
+linear layers and experts are quantized; `kv_b_proj` of latent attention with `fp8_block` alone. What each row costs in
+memory stands in [memory](memory.md).
 
 | family | quantization | parallel | kernel layouts | stages |
 |---|---|---|---|---|

@@ -24,6 +24,12 @@ def test_the_page_is_what_the_code_gives() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_table_of_memory_is_that_of_the_figures() -> None:
+    command = [sys.executable, str(ROOT / "bench" / "stage_cost_table.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_variable_and_metric_is_there() -> None:
     names = [variable.name for variable in VARIABLES.values()] + [spec.name for spec in SPECS]
     assert [name for name in names if f"| `{name}` |" not in PAGE] == []

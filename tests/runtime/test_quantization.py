@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from runtime_models import PROMPTS, write_checkpoint
 from runtime_quantized import BLOCK_DIMS, DIMS, dequantised, quantized
 from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
 
 from weightwire.errors import CheckpointError, ConfigError, ManifestMismatch
 from weightwire.runtime import (
@@ -217,6 +220,42 @@ def test_weights_are_resmoothed_some_rows_at_a_time_to_the_same_bytes() -> None:
             torch.equal(_bytes(a), _bytes(b)) for a, b in zip(fp8.resmooth(weight, scales, rows), whole, strict=True)
         )
     assert torch.equal(whole[1].log2(), whole[1].log2().round())
+
+
+def _peak(work: Callable[[], object]) -> int:
+    """Most bytes of torch's that were alive at a time beyond those before, in ``work``."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    assert profiled.profiler is not None
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return int(max(accumulate(event.nbytes() for event in events if event.name() == "[memory]")))
+
+
+def test_weights_are_made_anew_with_little_memory_beside_them() -> None:
+    count, rows, columns = 8, 1024, 512
+    values = torch.randn(count, rows, columns, generator=torch.Generator().manual_seed(5))
+    scales = torch.stack([fp8.block_scales(each) for each in values])
+    weights = torch.stack(
+        [fp8.quantise(each, fp8.expand(by, rows, columns)) for each, by in zip(values, scales, strict=True)]
+    )
+    one, small = torch.tensor(1.0), 5 * 4 * fp8.BLOCK * columns  # five float32 copies of 128 rows
+    assert _peak(lambda: fp8.requantise(weights.view(-1, columns), one, one * 1.5)) < small
+    assert _peak(lambda: fp8.resmooth(weights[0], scales[0])) < weights[0].nbytes + small
+    laid_out = 4 * rows * count
+    assert _peak(lambda: fp8.pack_blocks(weights, scales)) < (count + 1) * weights[0].nbytes + small + laid_out
+    bytes_of = torch.zeros(count, 40, 40, dtype=torch.uint8)
+    flats = torch.zeros(count, nvfp4.interleaved_size(40, 5), dtype=torch.uint8).view(nvfp4.FP8)
+    padded = sum(tensor.nbytes for tensor in nvfp4.pad_all(bytes_of, flats))
+    assert _peak(lambda: nvfp4.pad_all(bytes_of, flats)) < 1.5 * padded
+
+
+def test_rounding_anew_some_rows_at_a_time_gives_the_same_bytes() -> None:
+    weight = fp8.quantise(torch.randn(300, 40, generator=torch.Generator().manual_seed(6)), torch.tensor(0.01))
+    own, common = torch.tensor(0.01), torch.tensor(0.017)
+    wanted = fp8.quantise(fp8.dequantise(weight, own), common)
+    assert not torch.equal(_bytes(wanted), _bytes(weight))
+    fp8.requantise(weight, own, common)
+    assert torch.equal(_bytes(weight), _bytes(wanted))
 
 
 def test_what_is_made_of_a_device_s_tensors_is_there_too() -> None:

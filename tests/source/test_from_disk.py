@@ -17,6 +17,7 @@ from weightwire.manifest.digest import digest_leaves
 from weightwire.manifest.provisional import Provisional
 from weightwire.manifest.records import Manifest
 from weightwire.source.from_disk import FromDisk
+from weightwire.types import Json
 
 ROWS = 600
 """Of 4 KiB each: three leaves a matrix."""
@@ -102,6 +103,42 @@ def test_a_tensor_that_is_replaced_while_it_is_loaded_is_found() -> None:
     model = Model()
     filling, _ = begun(model)
     model.a = nn.Parameter(torch.ones(ROWS, 1024), requires_grad=False)
+    with pytest.raises(PublishError, match="were replaced while they were loaded"):
+        filling.finish(catalogue(model))
+
+
+class Declares(Model):
+    """What loading decides is not in a tensor."""
+
+    alpha = 1.0
+
+    def export_state(self) -> dict[str, Json]:
+        return {"alpha": self.alpha}
+
+    def import_state(self, state: dict[str, Json]) -> None:
+        raise NotImplementedError
+
+
+def test_where_nobody_follows_loading_may_decide_what_is_declared_and_nothing_else() -> None:
+    model = Declares()
+    filling = FromDisk(catalogue(model), None)
+    for name in ("a", "b", "bias", "scale"):
+        model.fill(name)
+        filling.final([name])
+    model.alpha = 0.5
+    made = filling.finish(catalogue(model))
+    assert made == digested(catalogue(model))
+    assert made.layout.state == {"": {"alpha": 0.5}}
+    filling = FromDisk(catalogue(model), None)
+    model.bias = None  # type: ignore[assignment]
+    with pytest.raises(PublishError, match="were replaced while they were loaded"):
+        filling.finish(catalogue(model))
+
+
+def test_followers_were_told_what_is_declared() -> None:
+    model = Declares()
+    filling, _ = begun(model)
+    model.alpha = 0.5
     with pytest.raises(PublishError, match="were replaced while they were loaded"):
         filling.finish(catalogue(model))
 

@@ -1,4 +1,4 @@
-"""A disk that is being read into a shard that was announced: others follow it, where they can."""
+"""A disk that is being read into a shard: its digests are made meanwhile, and others follow it, where they can."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Reading:
     """Made by ``begin``; ``finish`` or ``abandon`` ends it.
 
     Attributes:
-        publication: what others follow.
+        publication: what others follow; ``None`` where nobody can.
         final: see ``FromDisk.final``.
     """
 
-    def __init__(self, publication: Publication, filling: FromDisk) -> None:
+    def __init__(self, publication: Publication | None, filling: FromDisk) -> None:
         self.publication = publication
         self.final = filling.final
         self._filling = filling
@@ -42,12 +42,23 @@ class Reading:
             log.warning("this replica cannot be followed while it reads the disk: %s", error)
             return None
 
+    @classmethod
+    def alone(cls, describe: Callable[[], Catalogue]) -> Self | None:
+        """Digest what becomes final, and tell nobody; ``None`` where that cannot be: it is digested afterwards."""
+        try:
+            return cls(None, FromDisk(describe(), None))
+        except WeightwireError as error:
+            log.debug("nothing is digested while the disk is read: %s", error)
+            return None
+
     def finish(self, loaded: Catalogue) -> Manifest:
         """The manifest of what was read; see ``FromDisk.finish``.
 
         Raises:
-            PublishError: as there, or because a leaf had changed unseen; what was offered is withdrawn.
+            PublishError: as there, or because a leaf had changed unseen; what was offered, if anything, is withdrawn.
         """
+        if self.publication is None:
+            return self._filling.finish(loaded)
         if self.publication.over:  # one that is announced anew knows nothing of what was offered
             self.abandon()
             raise PublishError("bytes changed unseen after they were read", "suspect this machine's memory")

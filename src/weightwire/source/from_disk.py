@@ -1,4 +1,4 @@
-"""A shard that is offered while a disk is being read into it: digests leaf after leaf, beside the loading.
+"""A shard that a disk is being read into: digests leaf after leaf, beside the loading, and offered to others if wanted.
 
 The loading thread says which tensors are final; a thread of this object's digests the leaves that became final with
 them, on another core, and only then makes them available. At the end the digests of all leaves are the manifest, so
@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 
 from weightwire.errors import PublishError
 from weightwire.manifest.address import AddressSpace
@@ -20,7 +21,7 @@ from weightwire.manifest.digest import digest_leaves
 from weightwire.manifest.finality import Finality
 from weightwire.manifest.leafset import mask_of
 from weightwire.manifest.provisional import Provisional
-from weightwire.manifest.records import DIGEST_BYTES, Manifest
+from weightwire.manifest.records import DIGEST_BYTES, Layout, Manifest
 from weightwire.source.described import from_disk
 from weightwire.source.publication import Publication
 
@@ -49,7 +50,8 @@ class FromDisk:
 
     Args:
         catalogue: of the model whose memory is about to be filled; host memory only.
-        offer: called before the first byte; makes what is available from then on readable by others.
+        offer: called before the first byte; makes what is available from then on readable by others. Without it
+            nobody is told anything, and loading may still decide what modules declare beside their tensors.
 
     Attributes:
         provisional: the digests as they become known.
@@ -60,7 +62,7 @@ class FromDisk:
         WeightwireError: whatever ``offer`` raises; nothing is offered then.
     """
 
-    def __init__(self, catalogue: Catalogue, offer: Offer) -> None:
+    def __init__(self, catalogue: Catalogue, offer: Offer | None) -> None:
         if catalogue.memory.devices() - {"cpu"}:
             raise PublishError("device memory cannot be followed while it is filled", "others wait until it is full")
         self.provisional = Provisional(catalogue.layout)
@@ -71,7 +73,9 @@ class FromDisk:
         self._queue: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
         self._error: Exception | None = None
         self._homes = {name: entry.name for entry in catalogue.layout.entries for name in (entry.name, *entry.aliases)}
-        offer(catalogue.memory, self.provisional, self.availability)
+        self._offered = offer is not None
+        if offer is not None:
+            offer(catalogue.memory, self.provisional, self.availability)
         self._thread = threading.Thread(target=self._run, name="weightwire-filling", daemon=True)
         self._thread.start()
 
@@ -99,17 +103,22 @@ class FromDisk:
         if self._thread.is_alive() or self._error is not None:
             reason = str(self._error) if self._error else f"it took more than {JOIN_S:.0f} s"
             raise PublishError(f"what was loaded could not be digested: {reason}", "see the log") from self._error
-        if loaded.layout != self._catalogue.layout or not loaded.memory.lies_as(self._catalogue.memory):
+        if not self._same(loaded.layout) or not loaded.memory.lies_as(self._catalogue.memory):
             raise PublishError("the model's tensors were replaced while they were loaded", "fill them in place")
         written = [name for name, version in self._versions.items() if self._version(name) != version]
         if written:
             raise PublishError(f"{written[0]} was written after it was final", _AGAIN)
-        return self.provisional.manifest()
+        return replace(self.provisional.manifest(), layout=loaded.layout)
 
     def abandon(self) -> None:
         """Stop digesting: the load failed. Bounded, idempotent."""
         self._queue.put(None)
         self._thread.join(JOIN_S)
+
+    def _same(self, layout: Layout) -> bool:
+        """Whether the digests are of ``layout``'s leaves, and whoever was told of it was told the same."""
+        mine = self._catalogue.layout
+        return layout == (mine if self._offered else replace(mine, state=layout.state))
 
     def _version(self, entry: str) -> int:
         return int(self._catalogue.tensors[entry]._version)  # noqa: SLF001  (counts torch's writes in place)

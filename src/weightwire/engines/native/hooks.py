@@ -91,13 +91,17 @@ class PublishingHooks:
         self._names = capture(model)
 
     def filling(self, model: nn.Module) -> Final | None:
-        """A checkpoint is about to be read: offer what is final of it, so that others need not read theirs."""
+        """A checkpoint is about to be read: digest what is final of it, and offer that, so that others need not read.
+
+        What loading decides (which parameters there are, scalars) is not known before: then nothing is offered.
+        """
         if not self._early or over_budget(model):
             return None
         assert isinstance(model, DecoderForCausalLM)
         if any(isinstance(layer, MethodLayer) and layer.export_state() for layer in model.modules()):
-            return None  # what loading decides (which parameters there are, scalars) is not known before
-        self._reading = Reading.begin(self._announce(Stage.LOADED, model), lambda: catalogue(model, self.names))
+            self._reading = Reading.alone(lambda: catalogue(model, self.names))
+        else:
+            self._reading = Reading.begin(self._announce(Stage.LOADED, model), lambda: catalogue(model, self.names))
         return self._reading.final if self._reading is not None else None
 
     def loaded(self, model: nn.Module) -> None:
@@ -137,7 +141,7 @@ class PublishingHooks:
             self.publication, self._snapshot = None, None
 
     def _read(self, described: Catalogue) -> Manifest | None:
-        """The manifest of what was offered while it was read; ``None`` if nothing was, or what was is withdrawn now.
+        """The manifest of what was digested while it was read; ``None`` if nothing was, or not what is there now.
 
         Raises:
             PublishError: it was withdrawn before, because a leaf had changed unseen.
@@ -145,13 +149,16 @@ class PublishingHooks:
         reading, self._reading = self._reading, None
         if reading is None:
             return None
-        unseen = reading.publication.over
+        unseen = reading.publication is not None and reading.publication.over
         try:
             return reading.finish(described)
         except PublishError as error:
             if unseen:
                 raise
-            log.warning("%s: what was offered while it was read is withdrawn, and published anew", error.problem)
+            if reading.publication is None:
+                log.debug("%s: digested again", error.problem)
+            else:
+                log.warning("%s: what was offered while it was read is withdrawn, and published anew", error.problem)
             return None
 
     def _stop_reading(self) -> None:

@@ -91,7 +91,7 @@ class Fp8QdqMoeMethod(QuantizedMoeMethod):
             for projection in (UP, GATE):
                 scale = own[projection, "weight_scale"]
                 if scale != common:
-                    halves[projection].copy_(fp8.requantise(halves[projection], scale, common))
+                    fp8.requantise(halves[projection], scale, common)
             layer.fc31_dequant[local] = common
             layer.fc2_dequant[local] = own[DOWN, "weight_scale"]
         if inputs is None:

@@ -112,10 +112,9 @@ class Nvfp4MoeMethod(QuantizedMoeMethod):
         effect = self.transform_effect(layer)
         for names in _PAIRS:
             if names[0] in effect:
-                weights, scales = (getattr(layer, name).detach() for name in names)
-                pairs = [nvfp4.pad_both(*both) for both in zip(weights, scales, strict=True)]
-                for name, padded in zip(names, zip(*pairs, strict=True), strict=True):
-                    setattr(layer, name, nn.Parameter(torch.stack(padded), requires_grad=False))
+                padded = nvfp4.pad_all(*(getattr(layer, name).detach() for name in names))
+                for name, tensor in zip(names, padded, strict=True):
+                    setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
 
     def to_processed(self, layer: FusedMoE) -> None:
         """Padded shapes."""

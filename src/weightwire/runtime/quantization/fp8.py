@@ -30,9 +30,14 @@ def scale_of(values: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     return (largest / LARGEST).clamp_min(_SMALLEST_SCALE)
 
 
-def requantise(weight: torch.Tensor, scale: torch.Tensor, common: torch.Tensor) -> torch.Tensor:
-    """``weight``, which has ``scale``, rounded anew so that it has the scale ``common``."""
-    return quantise(dequantise(weight, scale), common)
+def requantise(weight: torch.Tensor, scale: torch.Tensor, common: torch.Tensor, rows: int = BLOCK) -> None:
+    """Round ``weight``, which has ``scale``, anew, in place, so that it has the scale ``common``.
+
+    ``rows``: so many at a time, so that float32 copies of the weight stay small beside it.
+    """
+    for at in range(0, weight.shape[0], rows):
+        part = weight[at : at + rows]
+        part.copy_(quantise(dequantise(part, scale), common))
 
 
 def round_trip(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -55,7 +60,7 @@ def block_scales(values: torch.Tensor, block: int = BLOCK) -> torch.Tensor:
     return (largest / LARGEST).clamp_min(_SMALLEST_SCALE)
 
 
-def resmooth(weight: torch.Tensor, scales: torch.Tensor, rows: int = 8 * BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+def resmooth(weight: torch.Tensor, scales: torch.Tensor, rows: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
     """The same weight with scales that are powers of two (what e8m0 holds): weight and scales, both new.
 
     ``rows``: so many at a time, whole blocks, so that float32 copies of the weight stay small beside it.
@@ -97,9 +102,12 @@ def packed_scale_shape(count: int, rows: int, columns: int) -> tuple[int, int, i
 
 def pack_blocks(weights: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Several block-scaled weights, ``resmooth``-ed and laid out: (count, rows, columns), ``packed_scale_shape``."""
-    pairs = [resmooth(weight, scale) for weight, scale in zip(weights, scales, strict=True)]
-    laid_out = [lay_out_e8m0(powers, weights.shape[1]) for _, powers in pairs]
-    return torch.stack([weight for weight, _ in pairs]), torch.stack(laid_out)
+    found = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
+    laid_out = torch.empty(packed_scale_shape(*weights.shape), dtype=torch.int32, device=weights.device)
+    for at, both in enumerate(zip(weights, scales, strict=True)):  # one at a time, as ``nvfp4.pad_all``
+        found[at], powers = resmooth(*both)
+        laid_out[at] = lay_out_e8m0(powers, weights.shape[1])
+    return found, laid_out
 
 
 def dequantise_blocks(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -67,14 +67,16 @@ class Fp8QdqMethod(QuantizedLinearMethod):
         for number, _, rows in rows_of(layer):
             own = scales[number]["weight_scale"]
             if own != common:
-                layer.weight[rows].copy_(fp8.requantise(layer.weight[rows], own, common))
+                fp8.requantise(layer.weight[rows], own, common)
         layer.weight_scale.copy_(common)
         if "input_scale" not in scales[0]:
             layer.input_scale = layer.inv_input_scale = None
             return
         largest = torch.stack([part["input_scale"] for part in scales]).max()
-        for name, value in zip(_INPUT_SCALES, (largest, 1 / largest), strict=True):
-            _set_scalar(layer, name, value)
+        self.to_raw(layer)
+        for scale, value in ((layer.input_scale, largest), (layer.inv_input_scale, 1 / largest)):
+            assert scale is not None
+            scale.copy_(value)  # in place: where it lies may be known already
 
     def tensor_shards(self, layer: Linear) -> dict[str, Sharding]:
         """Scales are those of the whole layer, so the weight is cut like any other."""

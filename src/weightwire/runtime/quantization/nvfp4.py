@@ -111,6 +111,17 @@ def pad_both(packed: torch.Tensor, flat: torch.Tensor) -> tuple[torch.Tensor, to
     return weight, interleave(padded.view(flat.dtype))
 
 
+def pad_all(weights: torch.Tensor, flats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``pad_both`` of several weights (count, rows, bytes) and their block scales (count, elements)."""
+    rows, columns = aligned(*weights.shape[1:])
+    found = torch.empty(len(weights), rows, columns, dtype=weights.dtype, device=weights.device)
+    size = interleaved_size(rows, columns * 2 // GROUP)
+    scales = torch.empty(len(weights), size, dtype=flats.dtype, device=flats.device)
+    for at, both in enumerate(zip(weights, flats, strict=True)):  # one at a time: never all of them twice
+        found[at], scales[at] = pad_both(*both)
+    return found, scales
+
+
 def scaled_flat(packed: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
     """``scaled``, from interleaved block scales."""
     rows, columns = packed.shape
