@@ -13,6 +13,7 @@ from runtime_families import PROMPTS
 from runtime_quantized import FAMILY_FORMS, FORMS, KIMI, PARTLY, PARTLY_FORMS, quantized_family
 
 from weightwire.engines.native.support import ROWS, UNQUANTIZED, Row, quantized_as
+from weightwire.errors import LoadError
 from weightwire.wire.messages import PublicationState
 
 TOKENS = 16
@@ -99,6 +100,17 @@ def test_h07_h15_both_stages_and_kernel_layouts(case: tuple[str, str, str], flee
             assert said(raw) == wanted
         fleet.end(baseline, donor, *receivers.values())
     fleet.end(raw)
+
+
+def test_parts_left_out_of_what_is_proven_as_a_whole_alone_are_refused_by_name(fleet: Fleet, root: Path) -> None:
+    made = quantized_family(root / "unproven", "qwen3_moe", "fp8_dynamic-partly")
+    reason = "is not in the support table: qwen3_moe is not proven with fp8_qdq (parts left out) weights"
+    for event in fleet.start(made, "unproven", tp=2).loaded():
+        assert event["report"]["source"] == "disk"
+        assert reason in event["report"]["steps"][0]["reason"]
+        assert not event["published"]["published"]
+    with pytest.raises(LoadError, match="is not in the support table"):
+        fleet.target(bare(made), "unproven", tp=2).loaded()
 
 
 def test_h25_experts_and_latent_heads_of_a_replica_that_is_still_reading_its_disk(fleet: Fleet, root: Path) -> None:

@@ -34,11 +34,13 @@ from weightwire.errors import CheckpointError, ConfigError
 from weightwire.runtime import (
     DecoderForCausalLM,
     KernelLayout,
+    LayerContext,
     LoaderSettings,
     Mapping,
     ModelLoader,
     SafetensorsLoader,
     TpGroup,
+    construct,
     generate,
     prompt_logits,
     read_config,
@@ -203,6 +205,15 @@ def test_a_layer_of_which_parts_are_left_out_is_refused_by_name(
     with pytest.raises(ConfigError, match="both are parts of one layer") as caught:
         loaded(directory)
     assert words in str(caught.value)
+
+
+def test_experts_of_which_another_rank_s_are_left_out_are_refused_on_every_rank(made: Made, tmp_path: Path) -> None:
+    some = rewritten(made("qwen3_moe_attention"), tmp_path / "some", exclude_modules=["*self_attn*", "*.experts.7.*"])
+    for rank in range(2):
+        mapping = Mapping.for_tp(rank, 2, 2)
+        context = LayerContext(TpGroup.offline(mapping.tp), torch.float32, placement=mapping)
+        with pytest.raises(ConfigError, match=r"experts\.7\.gate_proj and not .*experts\.0\.gate_proj"):
+            construct(read_config(some), {}, context)
 
 
 def test_kv_b_proj_is_left_out_layer_by_layer(made: Made, tmp_path: Path) -> None:
