@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from weightwire.runtime import (
 from weightwire.runtime.layers.latent import KeyValueLinear
 from weightwire.runtime.layers.linear import Linear
 from weightwire.runtime.layers.moe import FusedMoE
+from weightwire.runtime.quantization.left_out import LeftOut
 from weightwire.types import Stage
 
 CLOSE = 1e-5
@@ -145,6 +146,8 @@ def test_a_layer_knows_its_path_and_both_kinds_are_in_the_model(case: str, made:
     for name, module in model.loadable_layers():
         if isinstance(module, Linear | FusedMoE):
             assert module.context.path == name
+            alone = LeftOut.parse(module.checkpoint_prefixes(name))
+            assert replace(config.quantization, left_out=alone).partly(config.num_layers), name
     kinds = list(stored_as(model))
     assert {method for _, method, _ in kinds} == {"unquantized", config.quantization.name}
     for name, method, scaled in kinds:
@@ -222,7 +225,7 @@ def test_kv_b_proj_is_left_out_layer_by_layer(made: Made, tmp_path: Path) -> Non
         loaded(some)
 
 
-def identities(directory: Path) -> dict[Stage, str]:
+def identities(directory: Path, mapping: Mapping | None = None) -> dict[Stage, str]:
     found = native_identities(
         directory,
         read_config(directory),
@@ -230,7 +233,7 @@ def identities(directory: Path) -> dict[Stage, str]:
         revision=None,
         dtype="bfloat16",
         kernel_layout=KernelLayout.PLAIN,
-        mapping=Mapping.for_tp(0, 1),
+        mapping=mapping or Mapping.for_tp(0, 1),
     )
     return {stage: identity.replica_key for stage, identity in found.items()}
 
@@ -243,6 +246,11 @@ def test_checkpoints_that_leave_out_different_things_share_no_identity(made: Mad
     for stage in Stage:
         assert len({each[stage] for each in found}) == len(texts)
     assert found[1] == identities(tmp_path / "1")
+
+
+def test_stages_of_which_one_is_quantized_and_one_is_not_share_an_identity(made: Made) -> None:
+    first, second = (identities(made("one_layer"), Mapping.of_rank(rank, 2, pp_size=2)) for rank in range(2))
+    assert first == second
 
 
 def test_names_of_nothing_that_could_be_quantized_leave_nothing_out(made: Made, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ _ATOM = re.compile(
     r"(?P<any>\.\*)|(?P<some>\.\+)|(?P<number>(?:\\d|\[0-9\])\+)|(?P<one>\.)|(?P<digit>\\d)|(?P<class>\[[\w-]+\])"
     r"|\\(?P<escaped>[^\w\s])|(?P<char>[\w-])|\((?:\?:)?(?P<group>[^()]*)\)"
 )
-"""What an expression may be made of, one after the other."""
+"""What an expression may be made of, one after the other; a group has no group in it."""
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,15 @@ def _rewritten(entry: str) -> list[str]:
     """The patterns of ``fnmatch`` that together match what a regular expression does."""
     body = entry.removeprefix(_REGEX).removeprefix("^")
     ends = body.endswith("$") and not body.endswith(r"\$")
-    forms = _forms(entry, body[:-1] if ends else body, groups=True)
+    forms = _forms(entry, body[:-1] if ends else body)
     return forms if ends else [form if form.endswith("*") else f"{form}*" for form in forms]
 
 
-def _forms(entry: str, body: str, *, groups: bool) -> list[str]:
+def _forms(entry: str, body: str) -> list[str]:
     choices, at, total = list[list[str]](), 0, 1
     while at < len(body):
         atom = _ATOM.match(body, at)
-        if atom is None or (atom["group"] is not None and not groups):
+        if atom is None:
             raise _unread(entry)
         choices.append(_choices(entry, atom))
         at, total = atom.end(), total * len(choices[-1])
@@ -138,7 +138,7 @@ def _forms(entry: str, body: str, *, groups: bool) -> list[str]:
 
 def _choices(entry: str, atom: re.Match[str]) -> list[str]:
     if atom["group"] is not None:
-        return [form for each in atom["group"].split("|") for form in _forms(entry, each, groups=False)]
+        return [form for each in atom["group"].split("|") for form in _forms(entry, each)]
     if atom["number"]:
         return _NUMBERS
     char = atom["escaped"] or atom[0]
