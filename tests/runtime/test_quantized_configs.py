@@ -55,6 +55,8 @@ def test_what_is_left_out_is_read_from_each_tool_s_field(
     for wrong in (left_out, {left_out: None}, [left_out, 1]):
         with pytest.raises(CheckpointError, match=f"quantization_config.{field} is not a list of names"):
             read_config(with_section(plain, **method, **{field: wrong}))
+    with pytest.raises(ConfigError, match=r"config\.json: quantization_config leaves out re:\(\?!x\), an expression"):
+        read_config(with_section(plain, **method, **{field: ["re:(?!x)"]}))
 
 
 def test_a_group_for_some_layers_alone_is_refused_by_name(plain: Path) -> None:

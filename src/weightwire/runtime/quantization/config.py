@@ -80,7 +80,14 @@ def parse_quantization(fields: Fields) -> QuantizationConfig | None:
             "or fp8 of compressed-tensors",
         )
     _check_targets(fields, raw)
-    return replace(found, left_out=LeftOut.parse(_entries(fields, raw)))
+    return replace(found, left_out=_left_out(fields, raw))
+
+
+def _left_out(fields: Fields, raw: Mapping[str, Any]) -> LeftOut:
+    try:
+        return LeftOut.parse(_entries(fields, raw))
+    except ConfigError as error:
+        raise ConfigError(f"{fields.path}: {error.problem}", error.remedy) from error
 
 
 def _entries(fields: Fields, raw: Mapping[str, Any]) -> list[str]:
