@@ -14,7 +14,7 @@ import torch
 from processes import Line
 from safetensors.torch import load_file, save_file
 
-from weightwire.engines.native.support import UNQUANTIZED, Row, parallel
+from weightwire.engines.native.support import PARTLY, UNQUANTIZED, Row, parallel
 from weightwire.runtime.quantization.export import FORMATS, quantize
 
 FORM = {"fp8_qdq": "fp8_static"}
@@ -52,6 +52,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+LEFT_OUT = {"deepseek_v3": "*self_attn*", "qwen3_moe": "*self_attn*", "llama": "*o_proj"}
+"""What checkpoints of a family leave out where rows say that parts are."""
 EACH = 2
 """Ranks along each axis that a row has."""
 
@@ -73,11 +75,17 @@ def unknown(row: Row) -> str:
     """Why ``row`` cannot be measured with what is known here; empty where it can."""
     if row.family not in MODELS:
         return f"no model of {row.family}"
-    if row.quantization != UNQUANTIZED and FORM.get(row.quantization, row.quantization) not in FORMATS:
+    if row.quantization != UNQUANTIZED and _form(row.quantization) not in FORMATS:
         return f"no checkpoint format for {row.quantization}"
     if parallel(**sizes(row)) != row.parallel:
         return f"no ranks for {row.parallel}"
     return ""
+
+
+def _form(quantization: str) -> str:
+    """The checkpoint format of a quantization of the support table."""
+    whole = quantization.removesuffix(PARTLY)
+    return FORM.get(whole, whole)
 
 
 def write(
@@ -98,7 +106,8 @@ def write(
     model.save_pretrained(target)
     if quantization != UNQUANTIZED:
         tensors = load_file(target / "model.safetensors")
-        found, section = quantize(tensors, FORM.get(quantization, quantization))
+        leave_out = [LEFT_OUT[family]] if quantization.endswith(PARTLY) else []
+        found, section = quantize(tensors, _form(quantization), leave_out)
         save_file(found, target / "model.safetensors", metadata={"format": "pt"})
         raw = json.loads((target / "config.json").read_text(encoding="utf-8"))
         (target / "config.json").write_text(json.dumps(raw | {"quantization_config": section}))

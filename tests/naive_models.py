@@ -10,7 +10,7 @@ import torch
 from manifest_support import fill, manifest_of
 from runtime_families import PROMPTS, write_family
 from runtime_models import write_checkpoint
-from runtime_quantized import BLOCK_DIMS, DIMS, quantized
+from runtime_quantized import BLOCK_DIMS, DIMS, LEAVES_OUT, PARTLY, quantized
 from safetensors.torch import load_file
 from torch import nn
 
@@ -48,13 +48,15 @@ GARBAGE = 0x7F
 FAMILIES = ("qwen3", "qwen3_moe", "deepseek_v3", "gemma2")
 FORMS = ("int8_weight_only", "fp8_static", "fp8_dynamic", "fp8_rowwise", "fp8_block", "nvfp4", "nvfp4_awq", "w4a16_awq")
 """Of a quantized Llama."""
+BLOCKS_PARTLY = f"fp8_block{PARTLY}"
 
 
 def write_all(root: Path) -> dict[str, Path]:
-    """A checkpoint of each of ``FAMILIES`` and ``FORMS``."""
+    """A checkpoint of each of ``FAMILIES`` and ``FORMS``, and of ``BLOCKS_PARTLY``."""
     torch.set_num_threads(1)
     plain, blocks = write_checkpoint(root / "plain", DIMS), write_checkpoint(root / "blocks", BLOCK_DIMS)
     forms = {form: quantized(blocks if form == "fp8_block" else plain, root / form, form) for form in FORMS}
+    forms[BLOCKS_PARTLY] = quantized(blocks, root / BLOCKS_PARTLY, "fp8_block", LEAVES_OUT["llama"])
     return {name: write_family(root / name, name) for name in FAMILIES} | forms
 
 

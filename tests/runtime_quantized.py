@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,24 @@ FAMILY_FORMS: dict[str, tuple[str, ...]] = {
 }
 """Checkpoint formats that are proven for families with experts."""
 
+PARTLY = "-partly"
+"""Behind a checkpoint format, of which ``LEAVES_OUT`` is left out."""
+LEAVES_OUT: dict[str, tuple[str, ...]] = {
+    "llama": ("*.o_proj",),
+    "qwen3_moe": ("*self_attn*",),
+    "deepseek_v3": ("*self_attn*",),
+    # as NVIDIA's: attention layer by layer, the dense layer, the head and routers
+    "kimi": ("model.layers.0.*", "model.layers.1.self_attn*", "model.layers.2.self_attn*", "*.mlp.gate"),
+}
+"""Of families: what their checkpoints in the field leave out."""
+PARTLY_FORMS = {"qwen3_moe": "nvfp4-partly", "deepseek_v3": "nvfp4-partly"}
+
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 
 
-def quantized(source: Path, target: Path, form: str) -> Path:
+def quantized(source: Path, target: Path, form: str, leave_out: Iterable[str] = ()) -> Path:
     """The checkpoint of ``source`` in ``form``."""
-    tensors, section = quantize(load_file(source / "model.safetensors"), form)
+    tensors, section = quantize(load_file(source / "model.safetensors"), form, leave_out)
     target.mkdir(parents=True)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     raw = json.loads((source / "config.json").read_text())
@@ -110,9 +122,10 @@ def quantized(source: Path, target: Path, form: str) -> Path:
 
 def quantized_family(root: Path, name: str, form: str, changes: dict[str, Any] | None = None) -> Path:
     """A checkpoint of a family with experts, its float original beside it in ``…-float``."""
-    dims = (FAMILY_BLOCK_DIMS if form == "fp8_block" else FAMILY_DIMS)[name] if changes is None else changes
+    base, leave_out = form.removesuffix(PARTLY), LEAVES_OUT["kimi" if changes is KIMI else name]
+    dims = (FAMILY_BLOCK_DIMS if base == "fp8_block" else FAMILY_DIMS)[name] if changes is None else changes
     source = write_family(root / f"{name}-{form}-float", name, changes=dims)
-    return quantized(source, root / f"{name}-{form}", form)
+    return quantized(source, root / f"{name}-{form}", base, leave_out if form.endswith(PARTLY) else ())
 
 
 def dequantised(tensors: Tensors, form: str) -> Tensors:

@@ -103,12 +103,12 @@ def _families(group: Any, workdir: Path) -> dict[str, Any]:
 def _quantized(group: Any, workdir: Path) -> dict[str, Any]:
     """Families with quantized experts, without rounding activations, so that cuts alone decide what is computed."""
     from runtime_families import NEW_TOKENS, PROMPTS
-    from runtime_quantized import FAMILY_FORMS, leave_activations
+    from runtime_quantized import leave_activations
 
     from weightwire.runtime import LoaderSettings, ModelLoader, SafetensorsLoader, generate, prompt_logits
 
     results: dict[str, Any] = {}
-    for name in [f"{family}-{form}" for family, forms in FAMILY_FORMS.items() for form in forms]:
+    for name in [made.name for made in workdir.iterdir() if made.is_dir()]:
         for ep_size in (group.size // 2, group.size):
             settings = LoaderSettings(dtype=torch.float32, ep_size=ep_size)
             model = ModelLoader(group, settings, SafetensorsLoader()).load(workdir / name).model

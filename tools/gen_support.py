@@ -25,9 +25,13 @@ multi-token prediction (`--mtp`) `single`, `tp+ep` and `pp` are run, by `tests/e
 Kernel layouts: `plain` leaves weights as they were loaded; `packed` runs the method's transform. Parallel: `single`
 is one rank, `tp` shares tensors, `ep` experts besides, `pp` layers. Under `attention_dp` ranks share the rows of a
 batch and the routed experts (cut them, or with `ep` share them whole), and each has all of the rest. A cut through a
-block or group of weights that are stored together is refused when the model is built, whatever the table says. All
-linear layers and experts are quantized; `kv_b_proj` of latent attention with `fp8_block` alone. What each row costs in
-memory stands in [memory](memory.md).
+block or group of weights that are stored together is refused when the model is built, whatever the table says. What
+each row costs in memory stands in [memory](memory.md).
+
+Linear layers and experts are quantized (`kv_b_proj` of latent attention with `fp8_block` alone), all of them, or, in
+rows that say `(parts left out)`, but for those that the checkpoint leaves out. Which ones makes no row of its own: a
+layer is stored in one of two ways, each with a row where all layers are. Run are attention (`deepseek_v3`,
+`qwen3_moe`), attention and dense layers (the Kimi-K2 shape) and `o_proj` (`llama`).
 
 | family | quantization | parallel | kernel layouts | stages |
 |---|---|---|---|---|

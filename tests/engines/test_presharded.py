@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from manifest_support import manifest_of
-from naive_models import FORMS, as_bytes, loaded, spoil
+from naive_models import BLOCKS_PARTLY, FORMS, as_bytes, loaded, spoil
 from presharded_files import RankFiles, rank_tensors, write_ranks
 from runtime_models import write_checkpoint
 from safetensors.torch import load_file
@@ -46,7 +46,7 @@ CASES = [
     ("deepseek_v3", 2, 1),
     ("deepseek_v3", 4, 2),
     ("gemma2", 2, 1),
-    *((form, 2, 1) for form in FORMS),
+    *((form, 2, 1) for form in (*FORMS, BLOCKS_PARTLY)),
 ]
 
 

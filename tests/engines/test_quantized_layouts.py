@@ -9,13 +9,13 @@ from engines.test_presharded import Rank
 from engines.test_resharded_families import fill, ranks
 from naive_models import empty, loaded
 from presharded_files import write_ranks
-from runtime_quantized import FAMILY_FORMS, quantized_family
+from runtime_quantized import FAMILY_FORMS, PARTLY_FORMS, quantized_family
 from safetensors.torch import load_file
 
 from weightwire.errors import CheckpointError, ManifestMismatch
 from weightwire.runtime import Weights
 
-EACH = [(name, form) for name, forms in FAMILY_FORMS.items() for form in forms]
+EACH = [(name, form) for name, forms in FAMILY_FORMS.items() for form in (*forms, PARTLY_FORMS[name])]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine_fleet import Fleet, bare
 from manifest_support import logical_bytes, manifest_of
-from naive_models import FORMS, Side, empty, loaded
+from naive_models import BLOCKS_PARTLY, FORMS, Side, empty, loaded
 from runtime_families import NEW_TOKENS, PROMPTS
 from runtime_models import write_checkpoint
 from runtime_quantized import DIMS, quantized
@@ -26,6 +26,7 @@ EXACT = [
     *((name, have, want) for name in ("qwen3", "qwen3_moe", "deepseek_v3") for have, want in [(2, 1), (1, 2), (4, 2)]),
     *(("gemma2", have, want) for have, want in [(2, 1), (1, 2)]),
     *((form, have, want) for form in FORMS if not form.startswith("nvfp4") for have, want in [(2, 1), (1, 2)]),
+    *((BLOCKS_PARTLY, have, want) for have, want in [(2, 1), (1, 2)]),
 ]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from engine_fleet import Fleet, Watch, bare, write_bf16
-from runtime_quantized import BLOCK_DIMS, DIMS, FORMS, quantized
+from runtime_quantized import BLOCK_DIMS, DIMS, FORMS, LEAVES_OUT, PARTLY, quantized
 
-from weightwire.engines.native.support import ROWS, UNQUANTIZED
+from weightwire.engines.native.support import ROWS, UNQUANTIZED, quantized_as
 
 PROMPTS = [[3, 14, 15, 92, 65], [35, 8], [9, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28], [1]]
 TOKENS = 16
@@ -18,11 +18,9 @@ STAGES = ("LOADED", "PROCESSED")
 RANKS = {"single": 1, "tp": 2}
 POISON: dict[str, Any] = {"nan": True}
 CASES = sorted({(row.quantization, row.parallel) for row in ROWS if row.family == "llama" and row.parallel in RANKS})
-COVERED = {
-    (quantization, form, parallel)
-    for quantization, parallel in CASES
-    for form in FORMS.get(quantization, (UNQUANTIZED,))
-}
+BLOCKS_PARTLY = f"fp8_block{PARTLY}"
+OF_ROW = FORMS | {UNQUANTIZED: (UNQUANTIZED,), quantized_as("fp8_block", partly=True): (BLOCKS_PARTLY,)}
+COVERED = {(quantization, form, parallel) for quantization, parallel in CASES for form in OF_ROW[quantization]}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     plain = write_bf16(root / "plain", DIMS, seed=4)
     blocks = write_bf16(root / "blocks", BLOCK_DIMS, seed=4)
     forms = {form for forms in FORMS.values() for form in forms}
-    return {UNQUANTIZED: plain} | {
+    partly = quantized(blocks, root / BLOCKS_PARTLY, "fp8_block", LEAVES_OUT["llama"])
+    return {UNQUANTIZED: plain, BLOCKS_PARTLY: partly} | {
         form: quantized(blocks if form == "fp8_block" else plain, root / form, form) for form in forms
     }
 

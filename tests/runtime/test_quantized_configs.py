@@ -1,4 +1,4 @@
-"""What a ``quantization_config`` may say: layers that are left out, and other tools' names, are refused by name."""
+"""What a ``quantization_config`` may say: which layers are left out; other tools' names are refused by name."""
 
 from __future__ import annotations
 
@@ -46,13 +46,17 @@ def plain(tmp_path: Path) -> Path:
     ids=lambda value: value if isinstance(value, str) else value["quant_method"],
 )
 @pytest.mark.parametrize("left_out", ["model.layers.0.mlp.down_proj", "model.layers.1*", "re:.*self_attn.*"])
-def test_a_layer_that_is_left_out_is_refused_by_name(
+def test_what_is_left_out_is_read_from_each_tool_s_field(
     method: dict[str, Any], field: str, left_out: str, plain: Path
 ) -> None:
-    read_config(with_section(plain, **method, **{field: ["lm_head"]}))
-    with pytest.raises(ConfigError) as caught:
-        read_config(with_section(plain, **method, **{field: ["lm_head", left_out]}))
-    assert f"quantization_config.{field} leaves out {left_out}" in str(caught.value)
+    none = read_config(with_section(plain, **method, **{field: ["lm_head"]}))
+    some = read_config(with_section(plain, **method, **{field: ["lm_head", left_out]}))
+    assert (none.partly_quantized, some.partly_quantized) == (False, True)
+    for wrong in (left_out, {left_out: None}, [left_out, 1]):
+        with pytest.raises(CheckpointError, match=f"quantization_config.{field} is not a list of names"):
+            read_config(with_section(plain, **method, **{field: wrong}))
+    with pytest.raises(ConfigError, match=r"config\.json: quantization_config leaves out re:\(\?!x\), an expression"):
+        read_config(with_section(plain, **method, **{field: ["re:(?!x)"]}))
 
 
 def test_a_group_for_some_layers_alone_is_refused_by_name(plain: Path) -> None:

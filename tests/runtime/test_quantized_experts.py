@@ -333,15 +333,13 @@ def test_what_is_not_computed_is_refused_by_name(made: Table[tuple[str, str], Pa
     with pytest.raises(ConfigError, match="kv_b_proj with nvfp4 weights is not supported"):
         constructed(every)
     some = ["lm_head", "model.layers.0.self_attn.kv_b_proj"]
-    with pytest.raises(ConfigError, match="kv_b_proj of some layers alone"):
+    with pytest.raises(ConfigError, match=r"layers\.1\.self_attn\.kv_b_proj with nvfp4 weights is not supported"):
         constructed(_edited(latent, tmp_path / "some", config={"exclude_modules": some}))
     listed = [*some, "model.layers.1.self_attn.kv_b_proj", "model.layers.1.mlp.gate"]
     assert constructed(_edited(latent, tmp_path / "listed", config={"exclude_modules": listed}))
     for names in (["*kv_b_proj*", "*.mlp.gate"], ["re:.*kv_b_proj.*", "re:.*mlp.gate$"]):
         path = tmp_path / str(len(names[0]))
         assert constructed(_edited(latent, path, config={"exclude_modules": names}))
-    with pytest.raises(ConfigError, match=r"leaves out model\.layers\.0\.self_attn\.o_proj"):
-        constructed(_edited(latent, tmp_path / "o", config={"exclude_modules": ["model.layers.0.self_attn.o_proj"]}))
     source = write_family(tmp_path / "float", "qwen3_moe", changes=FAMILY_DIMS["qwen3_moe"])
     with pytest.raises(ConfigError, match="experts with int8_weight_only weights are not supported"):
         constructed(quantized(source, tmp_path / "int8", "int8_weight_only"))

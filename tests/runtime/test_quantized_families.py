@@ -15,6 +15,8 @@ from runtime_quantized import (
     DIMS,
     FAMILY_FORMS,
     KIMI,
+    PARTLY,
+    PARTLY_FORMS,
     float_reference,
     leave_activations,
     quantized,
@@ -73,7 +75,8 @@ class References:
         if key not in self.known:
             made = self.directory(family, form)
             target = made.with_name(f"{made.name}-reference-{resmoothed}")
-            self.known[key] = continued(float_reference(made, form, target, resmoothed=resmoothed))
+            base = form.removesuffix(PARTLY)
+            self.known[key] = continued(float_reference(made, base, target, resmoothed=resmoothed))
         return self.known[key]
 
 
@@ -133,7 +136,7 @@ def ranks(
     size = request.param
     workdir = tmp_path_factory.mktemp(f"quantized-tp{size}")
     for family, forms in FAMILY_FORMS.items():
-        for form in forms:
+        for form in (*forms, PARTLY_FORMS[family]):
             (workdir / f"{family}-{form}").symlink_to(references.directory(family, form))
     store = serve_store()
     environments = [

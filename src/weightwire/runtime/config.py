@@ -91,6 +91,12 @@ class ModelConfig:
     runs_mtp: bool = False
     quantization: QuantizationConfig | None = None
 
+    @property
+    def partly_quantized(self) -> bool:
+        """Whether the checkpoint leaves something out of its quantization, of all layers that are part of the model."""
+        layers = self.num_layers + (self.mtp_layers if self.runs_mtp else 0)
+        return self.quantization is not None and self.quantization.partly(layers)
+
     def with_mtp(self) -> ModelConfig:
         """This config, with layers for multi-token prediction.
 

@@ -14,7 +14,7 @@ from weightwire.engines.native.events import emit
 from weightwire.engines.native.hooks import PublishingHooks
 from weightwire.engines.native.identity import coordinates, native_identities
 from weightwire.engines.native.options import ReplicaOptions
-from weightwire.engines.native.support import Row, parallel, refusal, row_of
+from weightwire.engines.native.support import Row, parallel, quantized_as, refusal, row_of
 from weightwire.errors import NoSourceError
 from weightwire.identity.identity import Identity
 from weightwire.loaders.announced import Announced
@@ -224,10 +224,10 @@ class Load:
         )
 
     def _row(self, config: ModelConfig, stage: Stage) -> Row:
-        options = self.options
+        options, quantization = self.options, config.quantization
         return row_of(
             architecture=config.architecture,
-            quantization=config.quantization.name if config.quantization else None,
+            quantization=quantized_as(quantization.name if quantization else None, partly=config.partly_quantized),
             kernel_layout=KernelLayout.parse(options.kernel_layout).value,
             parallel=parallel(tp=options.tp, pp=options.pp, ep=options.ep, attention_dp=options.attention_dp),
             stage=stage,

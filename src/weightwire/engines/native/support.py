@@ -23,6 +23,8 @@ _LAYOUTS = ("plain", "packed")
 _STAGED = ("pp", "tp+pp")
 _STAGES = tuple(stage.value for stage in Stage)
 UNQUANTIZED = "unquantized"
+PARTLY = " (parts left out)"
+"""Behind a quantization that the checkpoint leaves layers out of, whichever: each is stored in one of two ways."""
 
 
 @dataclass(frozen=True, order=True)
@@ -61,15 +63,19 @@ OF_EXPERTS = ("fp8_qdq", "fp8_block", "nvfp4")
 OF_LATENT_HEADS = ("fp8_block", "nvfp4")
 """Those that are proven with latent attention; ``kv_b_proj`` itself is quantized with the first alone."""
 
+_PARTLY_BLOCKS, _PARTLY_NVFP4 = f"fp8_block{PARTLY}", f"nvfp4{PARTLY}"
+
 ROWS: frozenset[Row] = (
     _rows("llama", (UNQUANTIZED,), ("single", "tp", *_STAGED))
     | _rows("llama", QUANTIZATIONS, ("single", "tp"))
+    | _rows("llama", (_PARTLY_BLOCKS,), ("tp",))
     | _rows("qwen3", (UNQUANTIZED,), ("single", "tp", *_STAGED))
     | _rows("qwen3_moe", (UNQUANTIZED,), ("single", "tp", "tp+ep", "attention_dp+ep", *_STAGED))
     | _rows("qwen3_moe", OF_EXPERTS, ("tp", "tp+ep"))
+    | _rows("qwen3_moe", (_PARTLY_NVFP4,), ("tp+ep",))
     | _rows("deepseek_v3", (UNQUANTIZED,), ("single", "tp", "tp+ep", "attention_dp", "attention_dp+ep"))
     | _rows("deepseek_v3", (UNQUANTIZED,), ("tp+ep+pp", *_STAGED))
-    | _rows("deepseek_v3", OF_LATENT_HEADS, ("tp", "tp+ep"))
+    | _rows("deepseek_v3", (*OF_LATENT_HEADS, _PARTLY_NVFP4), ("tp", "tp+ep"))
     | _rows("gemma2", (UNQUANTIZED,), ("single", "tp", *_STAGED))
 )
 
@@ -84,10 +90,15 @@ def parallel(*, tp: int, pp: int = 1, ep: int = 1, attention_dp: bool = False) -
     return "+".join(axis for axis, used in axes.items() if used) or "single"
 
 
-def row_of(*, architecture: str, quantization: str | None, kernel_layout: str, parallel: str, stage: Stage) -> Row:
-    """The combination that a replica asks about, in the table or not."""
+def quantized_as(name: str | None, *, partly: bool) -> str:
+    """A quantization as rows name it: ``None`` is that of no layer, ``partly`` where some are left out."""
+    return f"{name}{PARTLY}" if name and partly else name or UNQUANTIZED
+
+
+def row_of(*, architecture: str, quantization: str, kernel_layout: str, parallel: str, stage: Stage) -> Row:
+    """The combination that a replica asks about, in the table or not; ``quantization`` as ``quantized_as`` has it."""
     family = _ARCHITECTURES.get(architecture, architecture)
-    return Row(family, quantization or UNQUANTIZED, kernel_layout, parallel, stage.value)
+    return Row(family, quantization, kernel_layout, parallel, stage.value)
 
 
 def refusal(row: Row) -> str:

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from weightwire.errors import CheckpointError
 from weightwire.runtime.checkpoint.protocol import TensorSource
-from weightwire.runtime.layers.shards import Loadable, Part, Spread, TakesMore
-
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+from weightwire.runtime.layers.shards import Loadable, Part, Spread, TakesMore, part_names
 
 # tensors that some checkpoints carry and no model needs
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -73,14 +71,9 @@ class HfWeightMapper:
                 layer.tensors_elsewhere(),
             )
             if isinstance(layer, Spread)
-            else LoadTarget(name, layer, self._prefixes(name))
+            else LoadTarget(name, layer, part_names(name))
             for name, layer in layers
         ]
-
-    @staticmethod
-    def _prefixes(name: str) -> tuple[str, ...]:
-        parent, _, leaf = name.rpartition(".")
-        return tuple(f"{parent}.{part}" for part in _FUSED[leaf]) if leaf in _FUSED else (name,)
 
     def check_names(self, targets: Iterable[LoadTarget], tensors: Mapping[str, TensorSource]) -> None:
         """Refuse, before the first byte, a checkpoint that lacks a tensor or has one that nobody takes.

@@ -81,9 +81,10 @@ class Attention(SelfAttention):
         self.context = context
         self.head_dim = config.head_dim
         sizes = (config.num_heads, config.num_kv_heads, config.head_dim)
-        self.qkv_proj = QkvLinear(context, config.hidden_size, sizes, bias=config.attention_bias)
+        qkv = context.within("qkv_proj")
+        self.qkv_proj = QkvLinear(qkv, config.hidden_size, sizes, bias=config.attention_bias)
         self.o_proj = Linear(
-            context,
+            context.within("o_proj"),
             config.num_heads * config.head_dim,
             [OutPart(config.hidden_size)],
             mode=TensorParallelMode.ROW,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -14,32 +15,41 @@ from weightwire.runtime.mapping import Mapping, TpCoordinates
 if TYPE_CHECKING:
     from weightwire.runtime.layers.latent import HeadsMethod, KeyValueMethod
     from weightwire.runtime.layers.linear import LinearMethod
+    from weightwire.runtime.layers.method import WeightMethod
     from weightwire.runtime.layers.moe import MoeMethod
 
 
 class Methods(Protocol):
-    """What a checkpoint is quantized with: for each layer a method of its own.
+    """What a checkpoint is quantized with: for each layer a method of its own, ``None`` where it leaves the layer out.
 
-    Each raises ``ConfigError`` where layers of that kind are not computed with it.
+    A layer names the checkpoint modules that it is made of. Each raises ``ConfigError`` where layers of that kind are
+    not computed with it, or some of the modules are left out and some are not.
     """
 
-    def linear(self) -> LinearMethod:
+    def linear(self, parts: Sequence[str]) -> LinearMethod | None:
         """Of a linear layer."""
 
-    def experts(self) -> MoeMethod:
+    def experts(self, parts: Sequence[str]) -> MoeMethod | None:
         """Of all routed experts of a layer."""
 
-    def key_values(self) -> KeyValueMethod:
+    def key_values(self, part: str) -> KeyValueMethod | None:
         """Of latent attention's ``kv_b_proj``."""
 
-    def heads(self) -> HeadsMethod:
+    def heads(self, part: str) -> HeadsMethod | None:
         """Of what is made of that."""
+
+    def kinds(self, *, experts: bool, latent: bool, partly: bool) -> list[WeightMethod[Any]]:
+        """One of each that layers have, in a model with or without experts and latent attention.
+
+        ``partly``: layers are left out that could be quantized.
+        """
 
 
 @dataclass(frozen=True)
 class LayerContext:
     """The rank's group, the dtype of its parameters and computation, the kernel layout asked for, and its place.
 
+    ``path`` is where in the model the layer is that is constructed with it, as the model's modules are named.
     ``placement`` is the rank's whole mapping; ``None`` where ranks are parallel in tensors only.
     ``methods`` makes what the checkpoint is quantized with; ``None`` where it is not.
     ``pipeline`` is the stages; ``None`` where there is one. ``experts_group`` is who shares the routed experts where
@@ -53,6 +63,7 @@ class LayerContext:
     methods: Methods | None = None
     pipeline: TpGroup | None = None
     experts_group: TpGroup | None = None
+    path: str = ""
 
     @classmethod
     def of(
@@ -68,6 +79,10 @@ class LayerContext:
         if not mapping.attention_dp:
             return cls(tp, dtype, layout, mapping, pipeline=pipeline)
         return cls(TpGroup.single(), dtype, layout, mapping, pipeline=pipeline, experts_group=tp)
+
+    def within(self, name: str) -> LayerContext:
+        """The same for what is called ``name`` there."""
+        return replace(self, path=f"{self.path}.{name}" if self.path else name)
 
     @property
     def experts(self) -> LayerContext:

@@ -77,7 +77,8 @@ class KeyValueLinear(MethodLayer):
         start, stop = shard_range(heads, context.tp)
         self.local_heads = stop - start
         self.rows = self.local_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-        self.method = KeyValueMethod() if context.methods is None else context.methods.key_values()
+        quantized = context.methods and context.methods.key_values(context.path)
+        self.method = quantized or KeyValueMethod()
         self.method.create_weights(self)
 
     @property
@@ -202,6 +203,8 @@ class LatentHeads(SelfAttention, LoadableLayer):
     def make_heads(self, context: LayerContext, heads: int, mla: MlaConfig) -> None:
         """Construct them; once, at construction."""
         self.context = context
-        self.kv_b_proj = KeyValueLinear(context, heads, mla)
-        self.method = HeadsMethod() if context.methods is None else context.methods.heads()
+        owner = context.within(OWNER)
+        self.kv_b_proj = KeyValueLinear(owner, heads, mla)
+        quantized = context.methods and context.methods.heads(owner.path)
+        self.method = quantized or HeadsMethod()
         self.method.create_weights(self)

@@ -13,7 +13,7 @@ from torch import nn
 from weightwire.manifest.sharding import Cut, Sharding, stacked
 from weightwire.runtime.layers.context import LayerContext
 from weightwire.runtime.layers.method import LoadableLayer, WeightMethod
-from weightwire.runtime.layers.shards import Part, copy_shard, copy_whole, new_parameter
+from weightwire.runtime.layers.shards import Part, copy_shard, copy_whole, new_parameter, part_names
 from weightwire.runtime.mapping import TpCoordinates, replicated_tp, shard_range
 
 
@@ -121,7 +121,8 @@ class Linear(LoadableLayer):
             ranks, the bias added once), ``None`` cuts nothing.
         weight_mode: must agree with the number of parts.
         bias: whether there is one. Under ``ROW`` every rank holds it whole and rank 0 adds it.
-        method: storage and arithmetic; without it what the context's checkpoint is quantized with, or ``unquantized``.
+        method: storage and arithmetic; without it what the context's checkpoint is quantized with, or ``unquantized``
+            where it is not, or leaves this layer out.
 
     Shares are ``ceil(width / ranks)``; the last ranks' are short or empty.
     """
@@ -156,11 +157,19 @@ class Linear(LoadableLayer):
         self.parts = tuple(parts)
         self.mode = mode
         self.has_bias = bias
-        self.method = method or (self.unquantized() if context.methods is None else context.methods.linear())
+        self.method = method or self._quantized() or self.unquantized()
         self.method.create_weights(self)
 
+    def checkpoint_prefixes(self, name: str) -> tuple[str, ...]:
+        """Names of the checkpoint modules of a layer called ``name``, one for each part."""
+        return part_names(name)
+
+    def _quantized(self) -> LinearMethod | None:
+        methods = self.context.methods
+        return None if methods is None else methods.linear(self.checkpoint_prefixes(self.context.path))
+
     def unquantized(self) -> LinearMethod:
-        """The method where the checkpoint is not quantized."""
+        """The method where the checkpoint has floats."""
         return UnquantizedLinearMethod()
 
     @property

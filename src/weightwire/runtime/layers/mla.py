@@ -64,9 +64,9 @@ class _RotaryRows(PackedLinear):
         return SplittingMethod()
 
     @property
-    def rows_are_split(self) -> bool:
-        """Whether rotary rows come as two halves, though the checkpoint has pairs."""
-        return self.weights_are_packed and isinstance(self.method, SplittingMethod)
+    def rows_are_pairs(self) -> bool:
+        """Whether rotary rows come as neighbouring pairs, as the checkpoint may have them, and not as two halves."""
+        return self.interleaved and not (self.weights_are_packed and isinstance(self.method, SplittingMethod))
 
 
 class LatentLinear(_RotaryRows):
@@ -123,16 +123,16 @@ class MlaAttention(LatentHeads):
         check_mla_heads(config.num_heads, context.tp.size)
         self.layer, self.mla = layer, config.mla
         self.scale = _scale(config, config.mla)
-        self.kv_a_proj_with_mqa = LatentLinear(context, config, self.mla)
+        self.kv_a_proj_with_mqa = LatentLinear(context.within("kv_a_proj_with_mqa"), config, self.mla)
         queries_from = config.hidden_size if self.mla.q_lora_rank is None else self.mla.q_lora_rank
         if self.mla.q_lora_rank is not None:
             self.q_a_layernorm = RMSNorm(context, self.mla.q_lora_rank, _LATENT_EPS)
-        queries = QueryLinear(context, queries_from, config.num_heads, self.mla)
-        self.add_module("q_proj" if self.mla.q_lora_rank is None else "q_b_proj", queries)
+        leaf = "q_proj" if self.mla.q_lora_rank is None else "q_b_proj"
+        self.add_module(leaf, QueryLinear(context.within(leaf), queries_from, config.num_heads, self.mla))
         self.kv_a_layernorm = RMSNorm(context, self.mla.kv_lora_rank, _LATENT_EPS)
         self.make_heads(context, config.num_heads, self.mla)
         self.o_proj = Linear(
-            context,
+            context.within("o_proj"),
             config.num_heads * self.mla.v_head_dim,
             [OutPart(config.hidden_size)],
             mode=TensorParallelMode.ROW,
@@ -190,8 +190,9 @@ class MlaAttention(LatentHeads):
         q = self.queries(x).reshape(*x.shape[:-1], -1, mla.qk_head_dim)
         q_nope, q_rope = q.tensor_split([mla.qk_nope_head_dim], dim=-1)
         latent, k_rope = projected.tensor_split([mla.kv_lora_rank], dim=-1)
-        pairs = mla.rope_interleaved and not self.queries.rows_are_split
-        q_rope = rotate(q_rope, step.cos, step.sin, interleaved=pairs)
+        # one of the two may be quantized, which has no packed order of rows, and the other left out
+        q_rope = rotate(q_rope, step.cos, step.sin, interleaved=self.queries.rows_are_pairs)
+        pairs = self.kv_a_proj_with_mqa.rows_are_pairs
         k_rope = rotate(k_rope.unsqueeze(2), step.cos, step.sin, interleaved=pairs).squeeze(2)
         return q_nope, q_rope, torch.cat((self.kv_a_layernorm(latent), k_rope), dim=-1)
 

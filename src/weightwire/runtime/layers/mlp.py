@@ -28,8 +28,9 @@ class GatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.activation: Activation = activation
-        self.gate_up_proj = GateUpLinear(context, hidden, intermediate, bias=bias)
-        self.down_proj = Linear(context, intermediate, [OutPart(hidden)], mode=TensorParallelMode.ROW, bias=bias)
+        self.gate_up_proj = GateUpLinear(context.within("gate_up_proj"), hidden, intermediate, bias=bias)
+        down = context.within("down_proj")
+        self.down_proj = Linear(down, intermediate, [OutPart(hidden)], mode=TensorParallelMode.ROW, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, length, hidden) to the same, summed over ranks."""

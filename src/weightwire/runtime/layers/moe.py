@@ -155,7 +155,7 @@ class FusedMoE(LoadableLayer):
         self.local_experts = local_experts(config.num_experts, context.mapping.moe_ep)
         start, stop = shard_range(config.intermediate_size, self.moe_tp)
         self.local_width = stop - start
-        quantized = None if context.methods is None else context.methods.experts()
+        quantized = context.methods and context.methods.experts(self._projections())
         self.method = method or quantized or UnquantizedMoeMethod()
         self.method.create_weights(self)
         self.refer()
@@ -163,6 +163,11 @@ class FusedMoE(LoadableLayer):
     def refer(self) -> None:
         """Take references to the tensors that there are now."""
         self.quant_scales = self.method.quant_scales(self)
+
+    def _projections(self) -> list[str]:
+        """Names of the checkpoint modules of all experts, also of those that other ranks hold."""
+        leaves = ("gate_proj", "up_proj", "down_proj")
+        return [f"{self.context.path}.{expert}.{leaf}" for expert in range(self.num_experts) for leaf in leaves]
 
     def checkpoint_prefixes(self, name: str) -> tuple[str, ...]:
         """Where this rank's experts are in the checkpoint."""

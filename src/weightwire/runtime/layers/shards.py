@@ -15,6 +15,14 @@ from weightwire.runtime.mapping import TpCoordinates, shard_range
 Part = Mapping[str, TensorSource]
 """The tensors of one checkpoint module by leaf name (``weight``, ``bias``); a fused layer has several parts."""
 
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def part_names(name: str) -> tuple[str, ...]:
+    """Names of the checkpoint modules that the layer called ``name`` is made of, one for each part."""
+    parent, _, leaf = name.rpartition(".")
+    return tuple(f"{parent}.{part}" for part in _FUSED[leaf]) if leaf in _FUSED else (name,)
+
 
 @runtime_checkable
 class Loadable(Protocol):

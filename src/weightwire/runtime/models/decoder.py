@@ -36,9 +36,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, context: LayerContext, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = self.norm(context, config)
-        self.self_attn = self.attention(context, config, layer)
+        self.self_attn = self.attention(context.within("self_attn"), config, layer)
         self.post_attention_layernorm = self.norm(context, config)
-        self.mlp = self.feed_forward(context, config, layer)
+        self.mlp = self.feed_forward(context.within("mlp"), config, layer)
         self.next_layer_layernorm = None
         self.next_attn = None
 
@@ -71,6 +71,11 @@ class DecoderLayer(nn.Module):
         return self.next_layer_layernorm(residual), residual
 
 
+def layer_context(context: LayerContext, layer: int) -> LayerContext:
+    """That of the model, for one of its layers."""
+    return context.within(f"model.layers.{layer}")
+
+
 class DecoderModel(nn.Module):
     """Embedding, layers and the last norm; of a pipeline those modules that are this stage's, and no others.
 
@@ -87,7 +92,7 @@ class DecoderModel(nn.Module):
         self.held = self.place.pp_layers(config.num_layers)
         if self.place.first_stage or (self.place.last_stage and (config.tie_word_embeddings or config.runs_mtp)):
             self.embed_tokens = Embedding(context, config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleDict({str(layer): layer_class(context, config, layer) for layer in self.held})
+        self.layers = nn.ModuleDict({str(at): layer_class(layer_context(context, at), config, at) for at in self.held})
         if self.place.last_stage:
             self.norm = self.decoder_layers[0].norm(context, config)
         self.rotary_emb = RotaryEmbedding(config.rope, config.head_dim, config.max_position)
@@ -182,8 +187,9 @@ class DecoderForCausalLM(nn.Module):
 
     def raw_layout(self) -> str:
         """Declares that bytes of the LOADED stage do not depend on the kernel layout or the device. Versioned."""
+        names = dict.fromkeys(method.name for method in self._methods)
         versions = dict.fromkeys(method.raw_version for method in self._methods)
-        return f"{self.family}/{self._methods[0].name}/{'+'.join(versions)}"
+        return f"{self.family}/{'+'.join(names)}/{'+'.join(versions)}"
 
     def processed_layout(self) -> str:
         """Names the layout of the PROCESSED stage: kernel layout and version of its transforms."""
@@ -192,16 +198,11 @@ class DecoderForCausalLM(nn.Module):
 
     @property
     def _methods(self) -> list[WeightMethod[Any]]:
-        """One of each kind of layer: first that of linear ones, which has the quantization's name."""
-        make = self.context.methods
+        """One of each that layers have: of the whole model, whatever a stage of it holds."""
+        make, config = self.context.methods, self.config
         if make is None:
             return [LinearMethod()]
-        found: list[WeightMethod[Any]] = [make.linear()]
-        if self.config.moe:
-            found.append(make.experts())
-        if self.config.mla:
-            found += [make.key_values(), make.heads()]
-        return found
+        return make.kinds(experts=bool(config.moe), latent=bool(config.mla), partly=config.partly_quantized)
 
     def loadable_layers(self) -> Iterator[tuple[str, Loadable]]:
         """Every layer that a checkpoint fills, under its construction-time name, whatever aliases there are."""

@@ -23,9 +23,8 @@ class SharedAndRoutedMLP(SparseMLP):
         super().__init__(context, config)
         assert config.moe is not None
         width = config.moe.intermediate_size * config.moe.shared_experts
-        self.shared_experts = (
-            GatedMLP(context, config.hidden_size, width, bias=False, activation=config.activation) if width else None
-        )
+        shared, sizes = context.within("shared_experts"), (config.hidden_size, width)
+        self.shared_experts = GatedMLP(shared, *sizes, bias=False, activation=config.activation) if width else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, length, hidden) to the same, summed over ranks."""

@@ -8,7 +8,7 @@ from weightwire.errors import CheckpointError
 from weightwire.runtime.checkpoint.protocol import Final, Progress, Weights
 from weightwire.runtime.layers.embedding import VocabParallel
 from weightwire.runtime.mapping import effective_tp
-from weightwire.runtime.models.decoder import DecoderForCausalLM, DecoderLayer
+from weightwire.runtime.models.decoder import DecoderForCausalLM, DecoderLayer, layer_context
 from weightwire.runtime.models.deepseek_layer import DeepseekV3DecoderLayer
 from weightwire.runtime.models.mtp import MtpLayer
 
@@ -27,7 +27,7 @@ class DeepseekV3ForCausalLM(DecoderForCausalLM):
         config = self.config
         if config.runs_mtp and self.context.mapping.last_stage:
             for layer in range(config.num_layers, config.num_layers + config.mtp_layers):
-                self.model.layers[str(layer)] = MtpLayer(self.context, config, layer)
+                self.model.layers[str(layer)] = MtpLayer(layer_context(self.context, layer), config, layer)
 
     @property
     def mtp_layers(self) -> list[MtpLayer]:

@@ -39,7 +39,7 @@ class MtpLayer(DeepseekV3DecoderLayer):
         self.hnorm = self.norm(context, config)
         # checkpoints leave it unquantized, whatever the rest is
         parts, method = [OutPart(config.hidden_size)], UnquantizedLinearMethod()
-        self.eh_proj = Linear(context, 2 * config.hidden_size, parts, method=method)
+        self.eh_proj = Linear(context.within("eh_proj"), 2 * config.hidden_size, parts, method=method)
         self.shared_head = SharedHead(context, config)
 
     def share(self, embed_tokens: Embedding, head: LMHead) -> None:

@@ -25,7 +25,7 @@ class SparseMLP(nn.Module):
         super().__init__()
         assert config.moe is not None
         self.gate = Router(context, config.hidden_size, config.moe)
-        self.experts = FusedMoE(context.experts, config.hidden_size, config.moe)
+        self.experts = FusedMoE(context.experts.within("experts"), config.hidden_size, config.moe)
         self.share = BatchShare(context.experts_group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from weightwire.errors import ConfigError
 from weightwire.runtime.config_fields import Fields
+from weightwire.runtime.quantization.left_out import LeftOut
 
 INT8_WEIGHT_ONLY = "int8_weight_only"
 FP8_QDQ = "fp8_qdq"
@@ -22,26 +22,35 @@ _BLOCK = [128, 128]
 _MODELOPT = {"FP8": FP8_QDQ, "NVFP4": NVFP4, "NVFP4_AWQ": NVFP4_AWQ, "W4A16_AWQ": W4A16_AWQ}
 _DEFAULT_GROUP = 128
 _NVFP4_GROUP = 16
-_NEVER = re.compile(r"lm_head|(re:)?(\S*[.*])?mlp\.gate[.*$]*")
-"""Names and patterns of what is never quantized here, and so may be left out: the head and routers."""
-_KEY_VALUES = re.compile(r"(re:)?(\S*[.*])?kv_b_proj[.*$]*")
-"""Of what may be, or may not: latent attention's."""
 _LINEAR = ["Linear"]
+_FIELDS = ("ignore", "exclude_modules", "modules_to_not_convert")
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa")
+_MLPS = ("mlp", "mlp.shared_experts", "mlp.experts.0")
+_PARTS = (*(f"self_attn.{leaf}" for leaf in _ATTENTION), *(f"{mlp}.{leaf}" for mlp in _MLPS for leaf in _GATED))
+"""What is quantized of a layer unless it is left out; of experts, which are all or none, the first."""
+_KEY_VALUES = "self_attn.kv_b_proj"
+"""Only ``fp8_block`` quantizes it."""
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """With what all linear layers and experts (not embedding, head and routers) are quantized.
+    """With what linear layers and experts (not embedding, head and routers) are quantized, but for those left out.
 
     Attributes:
         name: of the method.
         group: columns that share a scale, where the method leaves that open.
-        plain_key_values: latent attention's ``kv_b_proj`` is not quantized.
+        left_out: which ones are not quantized.
     """
 
     name: str
     group: int = 0
-    plain_key_values: bool = False
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    def partly(self, layers: int) -> bool:
+        """Whether of so many layers anything is left out that the method can quantize: no head, no router."""
+        parts = (*_PARTS, _KEY_VALUES) if self.name == FP8_BLOCK else _PARTS
+        return any(self.left_out.has(f"model.layers.{layer}.{part}") for layer in range(layers) for part in parts)
 
 
 def parse_quantization(fields: Fields) -> QuantizationConfig | None:
@@ -71,29 +80,25 @@ def parse_quantization(fields: Fields) -> QuantizationConfig | None:
             "or fp8 of compressed-tensors",
         )
     _check_targets(fields, raw)
-    return replace(found, plain_key_values=_leaves_key_values_out(fields, raw))
+    return replace(found, left_out=_left_out(fields, raw))
 
 
-def _leaves_key_values_out(fields: Fields, raw: Mapping[str, Any]) -> bool:
-    """Whether ``kv_b_proj`` is left out of the quantization, of all layers or of none; nothing else may be."""
-    found: set[str] = set()
-    for field in ("ignore", "exclude_modules", "modules_to_not_convert"):
-        names = raw.get(field) or []
-        if not isinstance(names, list):
-            raise fields.fail(f"quantization_config.{field}", "is not a list of names")
-        found |= {name for name in names if isinstance(name, str) and _KEY_VALUES.fullmatch(name)}
-        wrong = [name for name in names if not _NEVER.fullmatch(str(name)) and name not in found]
-        if wrong:
-            raise ConfigError(
-                f"{fields.path}: quantization_config.{field} leaves out {str(wrong[0])[:80]}",
-                "all linear layers are quantized, or none; only lm_head, routers and kv_b_proj may be left out",
-            )
-    patterns = [name for name in found if "*" in name]
-    if found and not patterns and len(found) < fields.whole("num_hidden_layers"):
-        raise ConfigError(
-            f"{fields.path}: quantization_config leaves out kv_b_proj of some layers alone", "leave out all, or none"
-        )
-    return bool(found)
+def _left_out(fields: Fields, raw: Mapping[str, Any]) -> LeftOut:
+    try:
+        return LeftOut.parse(_entries(fields, raw))
+    except ConfigError as error:
+        raise ConfigError(f"{fields.path}: {error.problem}", error.remedy) from error
+
+
+def _entries(fields: Fields, raw: Mapping[str, Any]) -> list[str]:
+    """What the fields list that leave modules out; a checkpoint has one of them."""
+    found: list[str] = []
+    for key in _FIELDS:
+        names = raw.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise fields.fail(f"quantization_config.{key}", "is not a list of names")
+        found += names
+    return found
 
 
 def _check_targets(fields: Fields, raw: Mapping[str, Any]) -> None:
@@ -103,7 +108,7 @@ def _check_targets(fields: Fields, raw: Mapping[str, Any]) -> None:
         if targets != _LINEAR:
             raise ConfigError(
                 f"{fields.path}: quantization_config.config_groups is for {str(targets)[:80]}",
-                "this runtime quantizes all linear layers, or none",
+                "this runtime reads groups for all of Linear, and what ignore leaves out of them",
             )
 
 

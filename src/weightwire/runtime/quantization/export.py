@@ -7,13 +7,14 @@ input scales) is made up, from fixed patterns, so that a layer which loses it co
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from weightwire.errors import ConfigError
 from weightwire.runtime.quantization import config, fp8, integers, nvfp4
+from weightwire.runtime.quantization.left_out import LeftOut
 
 Tensors = dict[str, torch.Tensor]
 
@@ -34,47 +35,54 @@ FORMATS = (
 
 _LINEAR = re.compile(r"(.*\.)((\w+_proj|kv_a_proj_with_mqa)\.)weight")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_KEY_VALUES = "kv_b_proj."
-_EXCLUDES = ("exclude_modules", "modules_to_not_convert", "ignore")
+_KEY_VALUES = "*kv_b_proj*"
+_PATTERNS, _LISTS = "exclude_modules", ("modules_to_not_convert", "ignore")
 
 
-def quantize(tensors: Mapping[str, torch.Tensor], form: str) -> tuple[Tensors, dict[str, Any]]:
-    """All linear layers and experts of a Hugging Face checkpoint quantized, and its ``quantization_config``.
+def quantize(
+    tensors: Mapping[str, torch.Tensor], form: str, leave_out: Iterable[str] = ()
+) -> tuple[Tensors, dict[str, Any]]:
+    """Linear layers and experts of a Hugging Face checkpoint quantized, and its ``quantization_config``.
 
     ``kv_b_proj`` of latent attention is left out, but by ``fp8_block``: its rows are reordered and multiplied head by
     head, which TensorRT-LLM, too, does with blocks of FP8 or in the model's own dtype. Experts have input scales of
-    their own.
+    their own. What is left out is written as each format's tools do it: modelopt's has the patterns, the others list
+    every module.
 
     Args:
         tensors: of the checkpoint, by name; those of linear layers are called ``…_proj.weight``, or
             ``kv_a_proj_with_mqa.weight``.
         form: one of ``FORMATS``.
+        leave_out: names and patterns of what is not quantized, as ``LeftOut`` reads them.
 
     Raises:
-        ConfigError: an unknown form.
+        ConfigError: an unknown form, or patterns that are not read.
     """
     if form not in _EXPORTERS:
         raise ConfigError(f"unknown format {form!r}", f"use one of: {', '.join(FORMATS)}")
     export, section = _EXPORTERS[form]
-    found, left_out = Tensors(), False
+    patterns = [*leave_out, *([] if form == config.FP8_BLOCK else [_KEY_VALUES])]
+    found, plain, left_out = Tensors(), list[str](), LeftOut.parse(patterns)
     for name, tensor in tensors.items():
-        linear = _LINEAR.fullmatch(name)
-        plain = linear is not None and linear[2] == _KEY_VALUES and form != config.FP8_BLOCK
-        left_out |= plain
-        if linear is None or plain:
+        linear, module = _LINEAR.fullmatch(name), name.rpartition(".")[0]
+        if linear is None or left_out.has(module):
             found[name] = tensor
+            plain += [module] if linear else []
             continue
         made = export(tensor.float())
         expert = _EXPERT.search(name)
         if expert and "input_scale" in made:
             made["input_scale"] = made["input_scale"] * (1 + int(expert[1]) % 5 / 4)
         found |= {linear[1] + linear[2] + leaf: value.contiguous() for leaf, value in made.items()}
-    return found, _without_key_values(section) if left_out else section
+    return found, _leaving_out(section, patterns, plain) if plain else section
 
 
-def _without_key_values(section: dict[str, Any]) -> dict[str, Any]:
-    field = next((field for field in _EXCLUDES if field in section), _EXCLUDES[1])
-    return section | {field: [*section.get(field, []), "*kv_b_proj*"]}
+def _leaving_out(section: dict[str, Any], patterns: Sequence[str], modules: Sequence[str]) -> dict[str, Any]:
+    """``section``, and in the field that it has for it what is left out."""
+    if _PATTERNS in section:
+        return section | {_PATTERNS: [*section[_PATTERNS], *patterns]}
+    field = next((field for field in _LISTS if field in section), _LISTS[0])
+    return section | {field: [*section.get(field, []), *modules]}
 
 
 def _int8(weight: torch.Tensor) -> Tensors:
