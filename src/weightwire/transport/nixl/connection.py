@@ -54,7 +54,7 @@ COPYING_STREAMS = min(4, len(os.sched_getaffinity(0)))
 """Connections that pay there: as many cores copy and digest (``docs/performance.md``)."""
 
 COPYING_TENSOR = 256 * 1024
-"""Bytes in one piece, on average, below which a second one does not: all pieces are registered for it, too."""
+"""Bytes in one piece, on average, below which they do not: all pieces are registered for each of them."""
 
 _EAGER_S = 0.02
 _NAP_S = 0.0001
@@ -166,15 +166,18 @@ class NixlConnection:
 
     @property
     def copies(self) -> bool:
-        """Whether host memory is read over cross-memory attach: the reading thread itself copies it."""
-        return self._ways.get(COPYING, self._probed) == ("cma",)
+        """Whether several connections read over cross-memory attach, each thread copying and digesting by itself.
+
+        One alone is better off with digests in a thread beside it, and with small tensors one alone is best.
+        """
+        memory = self._peer.memory
+        large = memory.span.nbytes >= COPYING_TENSOR * len(memory.all.offsets)
+        return self._ways.get(COPYING, self._probed) == ("cma",) and large and COPYING_STREAMS > 1
 
     @property
     def streams(self) -> int:
         """How many connections to this peer pay."""
-        memory = self._peer.memory
-        large = memory.span.nbytes >= COPYING_TENSOR * len(memory.all.offsets)
-        return COPYING_STREAMS if self.copies and large else 1
+        return COPYING_STREAMS if self.copies else 1
 
     @property
     def step_bytes(self) -> int:
