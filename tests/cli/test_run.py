@@ -104,7 +104,10 @@ def test_stages_of_a_pipeline_and_a_draft(place: Path, source: tuple[object, dic
         ("no revision", ["the only weights ready are", "(v1)", "name a revision"]),
         ("wrong revision", ["v2", "v1", "start one, or see: weightwire sources"]),
         # another of these loads may be listed beside it, still LOADING
-        ("wrong tp", ["of this model there is: ", "LOADED (READY)", "under another identity", "see: weightwire sources"]),
+        (
+            "wrong tp",
+            ["of this model there is: ", "LOADED (READY)", "under another identity", "see: weightwire sources"],
+        ),
         ("nobody", ["no source", "no model.safetensors", "start one, or see: weightwire sources"]),
         ("corrupt", ["broken/model.safetensors is corrupt or truncated", "download the checkpoint again"]),
     ],

@@ -20,8 +20,14 @@ from runtime_models import write_checkpoint
 from safetensors.torch import load_file, save_file
 from tensor_programs import Programs
 
+import weightwire
+from weightwire.config import Settings
 from weightwire.engines.native.events import Event
-from weightwire.errors import LoadError
+from weightwire.engines.native.identity import native_identities
+from weightwire.engines.native.options import ReplicaOptions
+from weightwire.errors import ConfigError, LoadError, ManifestMismatch
+from weightwire.runtime import KernelLayout, Mapping, read_config
+from weightwire.types import Stage
 
 F32: dict[str, Any] = {"dtype": "float32"}
 ALONE: dict[str, Any] = {"env": {"WEIGHTWIRE_ROLE": "off"}, "load_format": "auto"}
@@ -178,9 +184,10 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_h26_a_program_that_dies_meanwhile(fleet: Fleet, programs: Programs, big: Path) -> None:
-    programs.start(big, "dies", whole=True, slow_s=0.1)
+    programs.start(big, "dies", whole=True, slow_s=0.3)
     target = fleet.start(big, "dies", tensors_of=ENGINE, faults=GARBAGE, **F32)
-    target.moved("transfer", 0.2)
+    target.moved("transfer", 0.1)
+    fleet.eventually("dies", lambda views: any(0 < each.record.fraction < 1 for each in views))  # others may wait
     programs.processes[0].send_signal(signal.SIGKILL)
     events = target.loaded()
     assert [steps(event) for event in events] == [DISK]
@@ -258,6 +265,48 @@ def test_h61_a_head_that_differs_on_one_rank_alone_is_no_tied_one_on_any(
     baseline.loaded()
     assert said(target) == said(baseline)
     assert len(published(events)) == 2
+
+
+def test_h61_tensors_that_tell_something_else_than_the_replica_before_them(
+    fleet: Fleet, programs: Programs, tied: Path
+) -> None:
+    """The model was built for a replica that then failed; the program's tensors, of a tied model, belong to another."""
+    made = untied(tied, 60)
+    source = fleet.source(made, "otherwise", faults={"blind": True}, **F32)
+    programs.start(tied, "otherwise", whole=True)
+    source.loaded()
+    source.ask("flip", "flipped", what="weights")
+    target = fleet.target(made, "otherwise", tensors_of=ENGINE, **F32)
+    (event,) = target.loaded()
+    assert steps(event) == DISK
+    assert "other build facts" in report(event)["steps"][1]["reason"]
+
+
+def test_h61_build_facts_of_a_replica_are_no_tensors(fleet: Fleet, tied: Path) -> None:
+    made = untied(tied, 60)
+    fleet.source(made, "facts", **F32).loaded()
+    found = native_identities(
+        made,
+        read_config(made),
+        model_id="facts",
+        revision="r1",
+        dtype="float32",
+        kernel_layout=KernelLayout.PLAIN,
+        mapping=Mapping.for_tp(0, 1),
+    )
+    settings = Settings(url=fleet.url, secret_file=fleet.secret_file, transports=("tcp",))
+    with pytest.raises(ManifestMismatch, match="names the build fact word_embeddings_untied, which tensors by name do"):
+        weightwire.receive_tensors(found[Stage.LOADED], max_nbytes=1 << 30, settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [({"load_format": "auto"}, "nobody is asked for weights"), ({"weights_id": "ab"}, "weights_id pins weights of")],
+)
+def test_options_that_contradict_it_are_refused(options: dict[str, Any], problem: str, llama: Path) -> None:
+    given = {"load_format": "presharded"} | options
+    with pytest.raises(ConfigError, match=problem):
+        ReplicaOptions(model=str(llama), model_id="x", tensors_of=ENGINE, **given)
 
 
 def test_h61_a_model_that_was_built_as_wrong_tensors_said_does_not_leave_a_head_out(
