@@ -72,25 +72,27 @@ def said(watch: Watch) -> tuple[list[list[str]], list[list[int]]]:
     return watch.digest(), watch.tokens()
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])  # the head of the second is tied
 def test_a_model_of_transformers_is_a_source_and_what_takes_it_is_one_for_its_own_kind(
-    fleet: Fleet, programs: Programs, llama: Path
+    name: str, fleet: Fleet, programs: Programs, llama: Path, models: dict[str, Path]
 ) -> None:
-    programs.start(llama, "hf", transformers=True)
-    baseline = fleet.start(llama, "hf", **ALONE, **F32)
-    first = fleet.start(bare(llama), "hf", tensors_of=ENGINE, faults=GARBAGE, **F32)
+    made = models.get(name, llama)
+    programs.start(made, name, transformers=True)
+    baseline = fleet.start(made, name, **ALONE, **F32)
+    first = fleet.start(bare(made), name, tensors_of=ENGINE, faults=GARBAGE, **F32)
     events = first.loaded()
     assert [steps(event) for event in events] == [TAKEN]
-    assert published(events) == from_disk(llama)
+    assert published(events) == from_disk(made)
     told = report(events[0])
     assert (told["source"], told["verified"], told["stage"]) == ("tensors", True, "")
     assert told["nbytes"] == sum(share["nbytes"] for share in told["shares"])
-    assert told["nbytes"] > (llama / "model.safetensors").stat().st_size * 0.9
+    assert told["nbytes"] > (made / "model.safetensors").stat().st_size * 0.9
     baseline.loaded()
     assert said(first) == said(baseline)
-    second = fleet.start(bare(llama), "hf", tensors_of=ENGINE, faults=GARBAGE, **F32)
+    second = fleet.start(bare(made), name, tensors_of=ENGINE, faults=GARBAGE, **F32)
     (event,) = second.loaded()
     assert steps(event) == [("peer", "ok")]
-    assert published([event]) == from_disk(llama)
+    assert published([event]) == from_disk(made)
     assert said(second) == said(baseline)
 
 
@@ -118,6 +120,8 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
     "missing": ({"without": "model.norm.weight"}, r"lacks tensor model\.norm\.weight"),
     "left over": ({"extra": "model.layers.0.self_attn.qkv_proj.weight"}, r"qkv_proj\.weight has no place"),
     "dtype": ({"other_dtype": {SHORT: "bfloat16"}}, rf"{SHORT} is torch\.bfloat16, the model torch\.float32"),
+    "wider": ({"odd": {1: {"other_dtype": {"model.norm.weight": "float64"}}}}, r"norm\.weight is torch\.float64"),
+    "head": ({"other_dtype": {"lm_head.weight": "float8_e4m3fn"}}, r"lm_head\.weight is torch\.float8_e4m3fn"),
     "on one rank": ({"odd": {1: {"short": SHORT}}}, rf"{SHORT} has shape"),
     "state": ({"state": True}, "declares state of the root module"),
     "too large": ({"odd": {1: {"large": 8 << 20}}}, "more than the .* that are allowed"),

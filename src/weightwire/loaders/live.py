@@ -146,7 +146,6 @@ class LiveCheckpointLoader:
         try:
             self.tensors.place(request)
         except WeightwireError as error:
-            post_load.prepare_raw(request.model)
             self._miss_tensors(self.tensors, error, began)
             return None
         seconds = self._tensors_s + time.monotonic() - began

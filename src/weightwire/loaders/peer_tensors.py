@@ -10,7 +10,7 @@ import torch
 
 from weightwire.errors import CheckpointError, DecisionError, MismatchError, WeightwireError
 from weightwire.loaders.tensors import take_tensors
-from weightwire.metadata.decision import Group, Vote
+from weightwire.metadata.decision import Group, Verdict, Vote
 from weightwire.runtime.checkpoint.protocol import CheckpointLoader, LoadRequest, MemorySource, TensorSource, Weights
 from weightwire.runtime.checkpoint.safetensors_loader import facts_of
 from weightwire.runtime.config import WORD_EMBEDDINGS_UNTIED, BuildFacts, ModelConfig
@@ -18,8 +18,9 @@ from weightwire.runtime.models.decoder import DecoderForCausalLM
 from weightwire.target.receiver import Receiver
 from weightwire.target.report import LoadReport
 
-_CONVERTIBLE = (torch.bfloat16, torch.float16, torch.float32)
-_EXACT = ("weight", "bias")
+_NUMBERS = ("weight", "bias")
+"""Leaf names of tensors that are in the model's own dtype, unless they are quantized."""
+_NEVER_QUANTIZED = ("model.embed_tokens.weight", "lm_head.weight")
 _REMEDY = "publish each rank's part as docs/tensors.md says, or leave tensors_of out"
 
 
@@ -31,6 +32,7 @@ class PeerTensors:
 
     Attributes:
         who: the program, in words.
+        dtype: of the model, and of every tensor that is not quantized: nothing is converted.
         files: reads the configuration.
         receive: makes the receiver for a config.
         max_nbytes: for a config: nothing is received where more is offered.
@@ -40,6 +42,7 @@ class PeerTensors:
     """
 
     who: str
+    dtype: torch.dtype
     files: CheckpointLoader
     receive: Callable[[ModelConfig], Receiver]
     max_nbytes: Callable[[ModelConfig], int]
@@ -58,32 +61,38 @@ class PeerTensors:
 
         Raises:
             WeightwireError: as ``take_tensors``.
+            MismatchError: a tensor that is not quantized has another dtype than the model.
         """
         receiver = self.receive(config)
         self.report = receiver.report
-        taken = take_tensors(receiver, self.max_nbytes(config))
-        self._sources = {name: MemorySource(name, tensor, "the source") for name, tensor in taken.tensors.items()}
+        tensors = take_tensors(receiver, self.max_nbytes(config)).tensors
+        try:
+            _check_dtypes(tensors, self.dtype)
+        except MismatchError as error:
+            self.group.refuse("facts", error.problem)
+            raise
+        self._sources = {name: MemorySource(name, tensor, "the source") for name, tensor in tensors.items()}
         # equal rows on this rank say nothing of the other ranks' rows
-        untied = any(self.group.gather("untied", bool(facts_of(self._sources, config, self.who))))
-        self._facts = {WORD_EMBEDDINGS_UNTIED: True} if untied else {}
+        untied = bool(facts_of(self._sources, config, self.who))
+        verdict = _agreed(self.group.vote("facts", Vote(ok=True, value=untied)))
+        self._facts = {WORD_EMBEDDINGS_UNTIED: True} if any(verdict.values) else {}
         return self._facts
 
     def load_weights(self, request: LoadRequest) -> Weights:
-        """What was received, for a model that was built with what ``build_facts`` returned; copied, never converted.
+        """What was received, for a model that was built with what ``build_facts`` returned.
 
         Raises:
-            MismatchError: the model was built otherwise, or an unquantized tensor is of another dtype than the model.
+            MismatchError: the model was built otherwise.
         """
         assert isinstance(request.model, DecoderForCausalLM)
         if request.model.build_facts != self._facts:
             raise MismatchError("they have other build facts than the model was built with", _REMEDY)
-        _check_dtypes(self._sources, request.model.context.dtype)
         return Weights(self._sources, presharded=True)
 
     def place(self, request: LoadRequest) -> None:
         """Copy the tensors into ``request.model``; returns when that has succeeded on all ranks. They are let go of.
 
-        After an error the model's raw parameters hold no meaning (``post_load.prepare_raw`` before another try).
+        After an error the model's parameters hold no meaning, and may be loaded once more.
 
         Raises:
             MismatchError: this rank's tensors are not what the model needs.
@@ -99,23 +108,27 @@ class PeerTensors:
             raise
         finally:
             self.cleanup()
-        verdict = self.group.vote("placed", Vote(ok=True), self.vote_s)
-        if not verdict.ok:
-            raise DecisionError(f"not all ranks could take theirs: {verdict.reason}", "see that rank's log")
+        _agreed(self.group.vote("placed", Vote(ok=True), self.vote_s))
 
     def cleanup(self) -> None:
         """Let go of the tensors. Idempotent."""
         self._sources = {}
 
 
-def _check_dtypes(sources: Mapping[str, TensorSource], dtype: torch.dtype) -> None:
+def _agreed(verdict: Verdict) -> Verdict:
+    if not verdict.ok:
+        raise DecisionError(f"not all ranks could take theirs: {verdict.reason}", "see that rank's log")
+    return verdict
+
+
+def _check_dtypes(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     """A checkpoint's numbers are rounded to the model's dtype as it is loaded; a peer's were, or are another model's.
 
     Raises:
         MismatchError: a weight or bias that is not quantized has another dtype.
     """
-    for name, source in sources.items():
-        assert isinstance(source, MemorySource)
-        found = source.tensor.dtype
-        if name.rpartition(".")[2] in _EXACT and found in _CONVERTIBLE and found is not dtype:
-            raise MismatchError(f"{source.origin}: tensor {name} is {found}, the model {dtype}", _REMEDY)
+    for name, tensor in tensors.items():
+        quantized = not tensor.is_floating_point() or tensor.element_size() < 2
+        exact = name in _NEVER_QUANTIZED or (name.rpartition(".")[2] in _NUMBERS and not quantized)
+        if exact and tensor.dtype is not dtype:
+            raise MismatchError(f"the source: tensor {name} is {tensor.dtype}, the model {dtype}", _REMEDY)

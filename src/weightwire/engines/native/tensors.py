@@ -15,6 +15,7 @@ from weightwire.observability.progress import Progress
 from weightwire.runtime.checkpoint.safetensors_loader import SafetensorsLoader, has_weights
 from weightwire.runtime.config import KernelLayout, ModelConfig
 from weightwire.runtime.mapping import Mapping
+from weightwire.runtime.model_loader import parse_dtype
 from weightwire.target.offer import Want
 from weightwire.target.receiver import Receiver
 
@@ -50,6 +51,7 @@ def peer_tensors(
 
     return PeerTensors(
         who=f"tensors of {options.tensors_of}",
+        dtype=parse_dtype(options.dtype),
         files=SafetensorsLoader(),
         receive=receiver,
         max_nbytes=lambda config: tensors_bound(config, options.dtype, mapping),

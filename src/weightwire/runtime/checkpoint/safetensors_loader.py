@@ -137,7 +137,7 @@ def facts_of(sources: Mapping[str, TensorSource], config: ModelConfig, where: st
 
 
 def _equal(one: TensorSource, other: TensorSource) -> bool:
-    if one.shape != other.shape:
+    if one.shape != other.shape or not one.shape:
         return False
     rows = one.shape[0]
     for start in range(0, rows, _COMPARE_ROWS):
