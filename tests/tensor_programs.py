@@ -51,6 +51,7 @@ class Programs:
     def kill(self) -> None:
         for process in self.processes:
             process.kill()
+        for process in self.processes:
             process.wait(20)
             for stream in (process.stdin, process.stdout):
                 assert stream is not None

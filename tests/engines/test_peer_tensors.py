@@ -29,6 +29,8 @@ from weightwire.errors import ConfigError, LoadError, ManifestMismatch
 from weightwire.runtime import KernelLayout, Mapping, read_config
 from weightwire.types import Stage
 
+pytestmark = pytest.mark.timeout(240)  # a machine that is busy with other tests starts processes slowly
+
 F32: dict[str, Any] = {"dtype": "float32"}
 ALONE: dict[str, Any] = {"env": {"WEIGHTWIRE_ROLE": "off"}, "load_format": "auto"}
 GARBAGE: dict[str, Any] = {"poison": True}
@@ -140,8 +142,7 @@ def test_h19_h23_what_does_not_fit_is_read_from_the_disk_by_all_ranks(
     assert [report(event)["source"] for event in events] == ["disk"] * 2
     assert published(events) == from_disk(llama, 2)
     reasons = [report(event)["steps"][1]["reason"] for event in events]
-    assert all("\n" not in each for each in reasons)
-    assert re.search(reason, " ".join(reasons))
+    assert all(re.search(reason, each) and "\n" not in each for each in reasons)  # each rank knows of the others'
 
 
 def test_h05_h59_a_load_that_ended_half_way_leaves_nothing_behind(
