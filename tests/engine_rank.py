@@ -383,7 +383,7 @@ def _poisoned(model: nn.Module) -> bool:
 def _materialize(model: nn.Module, device: torch.device) -> None:
     _real_materialize(model, device)
     for tensor in model.parameters():
-        tensor.detach().view(torch.uint8).fill_(POISON)
+        tensor.detach().reshape(-1).view(torch.uint8).fill_(POISON)
 
 
 NAN = 0x7F

@@ -5,6 +5,8 @@
 
     report = weightwire.receive(module, identity, url="host:port")
 
+    tensors = weightwire.receive_tensors(identity, max_nbytes=bytes, url="host:port").tensors
+
     with weightwire.relay(module, identity, url="host:port"):
         ...what was received is served, too, from its first bytes on...
 
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
     from weightwire.errors import FenceTimeout, WeightwireError
     from weightwire.identity.identity import Identity, module_identity
     from weightwire.loaders.filling import Filling
-    from weightwire.loaders.module import filling, publish, ranks, receive, relay
+    from weightwire.loaders.module import filling, publish, ranks, receive, receive_tensors, relay
     from weightwire.loaders.published import Published
+    from weightwire.loaders.tensors import NamedTensors
     from weightwire.manifest.construction import capture
     from weightwire.target.report import LoadReport
     from weightwire.types import Coordinates, Role, Stage
@@ -38,6 +41,7 @@ _HOMES = {
     "Filling": "weightwire.loaders.filling",
     "Identity": "weightwire.identity.identity",
     "LoadReport": "weightwire.target.report",
+    "NamedTensors": "weightwire.loaders.tensors",
     "Published": "weightwire.loaders.published",
     "Role": "weightwire.types",
     "Settings": "weightwire.config",
@@ -49,6 +53,7 @@ _HOMES = {
     "publish": "weightwire.loaders.module",
     "ranks": "weightwire.loaders.module",
     "receive": "weightwire.loaders.module",
+    "receive_tensors": "weightwire.loaders.module",
     "relay": "weightwire.loaders.module",
 }
 
@@ -58,6 +63,7 @@ __all__ = [
     "Filling",
     "Identity",
     "LoadReport",
+    "NamedTensors",
     "Published",
     "Role",
     "Settings",
@@ -69,6 +75,7 @@ __all__ = [
     "publish",
     "ranks",
     "receive",
+    "receive_tensors",
     "relay",
 ]
 

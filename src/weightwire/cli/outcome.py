@@ -13,6 +13,8 @@ from typing import Any
 PHASES = ("discover", "plan", "register", "transfer", "verify", "publish", "post-load", "total")
 """In the order in which they happen; ``verify`` runs inside ``transfer`` and is summed over its threads."""
 
+_FROM_PEERS = ("peer", "tensors")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -35,8 +37,13 @@ class Outcome:
 
     @property
     def source(self) -> str:
-        """``peer``, ``disk``, or ``random`` for dummy weights."""
+        """``peer``, ``tensors`` (another program's), ``disk``, or ``random`` for dummy weights."""
         return "+".join(dict.fromkeys(report["source"] or "random" for report in self.reports))
+
+    @property
+    def taken_from_peers(self) -> bool:
+        """Whether all bytes came over the network, from replicas or another program."""
+        return all(report["source"] in _FROM_PEERS for report in self.reports)
 
     @property
     def verified(self) -> bool:
@@ -186,7 +193,7 @@ class Outcome:
 def _phases(rank: Mapping[str, Any]) -> dict[str, float]:
     report, laps, published = rank["report"], rank["seconds"], rank["published"] or {}
     seconds = {name: float(value) for name, value in report["seconds"].items() if name in PHASES}
-    if report["source"] != "peer":
+    if report["source"] not in _FROM_PEERS:
         seconds["transfer"] = laps["fill"]
     publishing = sum(published.get("seconds", {}).values())
     # the raw stage is published within the post-load lap, the processed one behind all laps

@@ -10,7 +10,12 @@ from rich.table import Table
 from weightwire.cli.listing import human_bytes, printable
 from weightwire.cli.outcome import PHASES, Outcome
 
-_ORIGINS = {"peer": "from a running replica", "disk": "from the disk", "random": "random numbers"}
+_ORIGINS = {
+    "peer": "from a running replica",
+    "tensors": "from another program's tensors",
+    "disk": "from the disk",
+    "random": "random numbers",
+}
 _LABELS = {
     "verify": "  verify, meanwhile",
     "publish": "publish, for others",
@@ -50,7 +55,7 @@ def _phase(phase: str) -> Callable[[Outcome], str]:
 
 def origin(outcome: Outcome, names: Mapping[str, str]) -> str:
     """``disk``, ``random``, or the replicas that gave bytes."""
-    if outcome.source != "peer":
+    if not outcome.taken_from_peers:
         return outcome.source
     return " and ".join(dict.fromkeys(peer for peer, _ in outcome.taken(names)))
 
@@ -65,7 +70,7 @@ def summary(outcome: Outcome) -> Iterator[tuple[str, str]]:
     for (peer, path), nbytes in outcome.taken().items():
         yield "from", f"{peer}: {human_bytes(nbytes)} over {path}"
     yield "took", ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in outcome.seconds.items())
-    if outcome.source == "peer":
+    if outcome.taken_from_peers:
         yield "revision", outcome.revision or "the source names none"
     if outcome.weights_id:
         yield "weights id", outcome.weights_id
@@ -91,8 +96,9 @@ def _origins(outcome: Outcome) -> Iterator[tuple[str, str]]:
 def _weights(outcome: Outcome) -> str:
     ranks = f"{len(outcome.ranks)} rank{'s' if len(outcome.ranks) > 1 else ''}"
     match outcome.source:
-        case "peer":
-            return f"from a running replica, {'every byte verified' if outcome.verified else 'NOT VERIFIED'} ({ranks})"
+        case "peer" | "tensors" as source:
+            verified = "every byte verified" if outcome.verified else "NOT VERIFIED"
+            return f"{_ORIGINS[source]}, {verified} ({ranks})"
         case "disk":
             return f"from the disk ({ranks})"
         case "random":

@@ -124,6 +124,15 @@ MaxReadersOption = Annotated[
         show_default=False,
     ),
 ]
+TensorsOfOption = Annotated[
+    str,
+    typer.Option(
+        "--tensors-of",
+        metavar="ENGINE",
+        help="Where no replica serves, take tensors by Hugging Face names from this program (docs/tensors.md).",
+        show_default=False,
+    ),
+]
 RelayOption = Annotated[
     bool, typer.Option("--relay/--no-relay", help="Pass on what is received from a peer while it is being received.")
 ]
@@ -214,6 +223,7 @@ def run(
     once: OnceOption = False,
     max_rate: MaxRateOption = None,
     max_readers: MaxReadersOption = None,
+    tensors_of: TensorsOfOption = "",
     max_amplification: AmplificationOption = 2.0,
     relay: RelayOption = True,
     metrics_port: MetricsOption = None,
@@ -236,6 +246,7 @@ def run(
         max_readers=max_readers,
     )
     _check_ranks(tp, pp, ep, attention_dp=attention_dp)
+    _check_tensors_of(tensors_of, load_format, weights_id)
     _check(model, draft_model, load_format, prompt, found)
     options = {
         "model": str(model),
@@ -252,6 +263,7 @@ def run(
         "kernel_layout": kernel_layout.value,
         "weights_id": weights_id,
         "latest": latest,
+        "tensors_of": tensors_of,
         "max_amplification": max_amplification,
         "metrics_port": metrics_port,
         "max_rate": found.max_rate,
@@ -297,6 +309,13 @@ def _check_ranks(tp: int, pp: int, ep: int, *, attention_dp: bool) -> None:
         raise ConfigError(f"--tp {tp} ranks cannot share experts in {ep} groups", "give an --ep that divides --tp")
     if attention_dp and tp == 1:
         raise ConfigError("--attention-dp needs ranks that share a batch", "give --tp 2 or more, or leave it out")
+
+
+def _check_tensors_of(tensors_of: str, load_format: Format, weights_id: str) -> None:
+    if tensors_of and load_format is not Format.PRESHARDED:
+        raise ConfigError("--tensors-of is given, and nobody is asked for weights", "add --load-format presharded")
+    if tensors_of and weights_id:
+        raise ConfigError("--weights-id pins weights of replicas, not --tensors-of", "give one of them")
 
 
 def _check(model: Path, draft_model: Path | None, load_format: Format, prompt: str, found: Settings) -> None:

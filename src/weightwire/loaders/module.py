@@ -1,4 +1,4 @@
-"""The library's verbs for any ``nn.Module``: ``publish``, ``filling``, ``receive``, and all at once: ``relay``."""
+"""The library's verbs: ``publish``, ``filling``, ``receive``, all at once: ``relay``; and ``receive_tensors``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from weightwire.loaders.ladder import disk_read, step_down
 from weightwire.loaders.member import Member
 from weightwire.loaders.published import Published
 from weightwire.loaders.relay import PublicationRelay
+from weightwire.loaders.tensors import NamedTensors, take_tensors
 from weightwire.manifest.catalogue import Catalogue, ConstructionNames, catalogue
 from weightwire.metadata.decision import DEFAULT_VOTE_S, DecisionStore, Group, TorchDecisions
 from weightwire.observability.progress import Progress, silent
@@ -177,6 +178,50 @@ def receive(  # noqa: PLR0913  (as publish)
         receiver = Receiver(reader=member.reader, want=want, group=ranks_.at("receive"), progress=progress)
         _fill(receiver, lambda: catalogue(module, names, classes=classes))
     return receiver.report
+
+
+def receive_tensors(  # noqa: PLR0913  (as publish)
+    identity: Identity,
+    *,
+    max_nbytes: int,
+    url: str | None = None,
+    coordinates: Coordinates | None = None,
+    group: Group | None = None,
+    weights_id: str = "",
+    latest: bool = False,
+    has_fallback: bool = False,
+    settings: Settings | None = None,
+    progress: Progress = silent,
+) -> NamedTensors:
+    """``receive`` without a module: the tensors that a peer publishes, by name, in host memory that is made for them.
+
+    Args:
+        identity: of what is wanted; as the source published it.
+        max_nbytes: nothing is allocated where this rank is offered more.
+        url: as for ``receive``.
+        coordinates: as for ``receive``.
+        group: as for ``receive``.
+        weights_id: as for ``receive``.
+        latest: as for ``receive``.
+        has_fallback: as for ``receive``.
+        settings: as for ``receive``.
+        progress: as for ``receive``.
+
+    Raises:
+        WeightwireError: as ``receive``.
+        MismatchError: more is offered than ``max_nbytes``, or something that is no tensor: declared state, build facts.
+        LoadError: there is no memory for it.
+    """
+    if isinstance(max_nbytes, bool) or not isinstance(max_nbytes, int) or max_nbytes < 1:
+        raise ConfigError(f"max_nbytes is {max_nbytes!r}", "give a number of bytes")
+    where, ranks_ = _alone(identity, coordinates, group)
+    member = _member(settings, url, ranks_, serves=False)
+    want = _want([identity], where, member.settings)
+    want = replace(want, pinned=weights_id, latest=latest, has_disk=has_fallback)
+    with member:
+        receiver = Receiver(reader=member.reader, want=want, group=ranks_.at("receive"), progress=progress)
+        _note_unavailable(receiver)
+        return take_tensors(receiver, max_nbytes)
 
 
 def relay(  # noqa: PLR0913  (as publish)
@@ -365,8 +410,7 @@ def _want(wanted: Sequence[Identity], where: Coordinates, settings: Settings) ->
 
 def _fill(receiver: Receiver, describe: Callable[[], Catalogue]) -> Catalogue:
     """Find, then fill what ``describe`` gives; all of it in the receiver's report."""
-    reader = receiver.reader
-    receiver.report.warnings += [f"{name} is not available: {why}" for name, why in reader.unavailable.items()]
+    _note_unavailable(receiver)
     try:
         receiver.find()
     except WeightwireError as error:
@@ -379,6 +423,11 @@ def _fill(receiver: Receiver, describe: Callable[[], Catalogue]) -> Catalogue:
         raise
     receiver.fill(described)
     return described
+
+
+def _note_unavailable(receiver: Receiver) -> None:
+    unavailable = receiver.reader.unavailable.items()
+    receiver.report.warnings += [f"{name} is not available: {why}" for name, why in unavailable]
 
 
 def _settings(settings: Settings | None, url: str | None) -> Settings:

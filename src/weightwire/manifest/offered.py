@@ -60,9 +60,21 @@ class Offered:
         Raises:
             ProtocolError: it is out of bounds or contradicts itself.
         """
-        found = self._read()
-        validate_manifest(found)
+        found = self.apart()
         self._check_classes(found)
+        return found
+
+    def apart(self, *, provisional: bool = False) -> Manifest:
+        """Taken apart and checked, for a target that has no layout of its own; ``plan`` it before anything is read.
+
+        Args:
+            provisional: digests may be missing; then its leaves may be cut once its size was found to be right.
+
+        Raises:
+            ProtocolError: it is out of bounds or contradicts itself.
+        """
+        found = self._read()
+        validate_manifest(found, provisional=provisional)
         return found
 
     def under(self, layout: Layout, *, provisional: bool = False) -> Manifest | None:

@@ -16,7 +16,7 @@ class Step:
     """One rung of the fallback ladder.
 
     Attributes:
-        way: ``peer`` or ``disk``.
+        way: ``peer``, ``tensors`` (another program's) or ``disk``.
         who: the peer's label, the checkpoint's path, or empty.
         outcome: ``ok``, ``skipped`` or ``failed``.
         reason: why it was skipped or failed, one line; empty if ok.
@@ -46,10 +46,11 @@ class LoadReport:
     """The outcome of one rank's load.
 
     Attributes:
-        source: ``peer`` or ``disk``: where the weights finally came from.
-        stage: stage of the received bytes, empty for ``disk``.
-        verified: every byte of the manifest had its digest. Always true for ``peer``; a load that is not raises.
-        content_id: of this rank's shard, empty for ``disk`` before it is published.
+        source: ``peer``, ``tensors`` (those of another program, copied into the model) or ``disk``: where the weights
+            finally came from.
+        stage: stage of the received bytes, empty where they were loaded as a checkpoint is (``disk``, ``tensors``).
+        verified: every byte of the manifest had its digest. Always true for what peers gave; a load that is not raises.
+        content_id: of this rank's shard, empty where there is no stage before it is published.
         weights_id: of the whole replica, likewise.
         revision: the source's revision, or ``None``.
         unpinned: the target named no revision, so any source's was taken.
@@ -65,7 +66,7 @@ class LoadReport:
         warnings: slow paths and other things that a person should know, one line each.
         resharded_from: tensor-parallel size of the source where it was another one than ours, else 0. Then
             ``weights_id`` and ``content_id`` are of what this replica now holds.
-        source_weights_id: what the source held, where it was resharded.
+        source_weights_id: what the source held, where it was resharded, or was another program's tensors.
         amplification: bytes read over bytes needed, where it was resharded.
         manifest: of the received bytes, for publishing them on; ``None`` for ``disk``. Not part of ``to_json``.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import weightwire
 from weightwire.identity.config import config_digest
@@ -14,6 +15,7 @@ from weightwire.runtime.layers.context import LayerContext
 from weightwire.runtime.layers.moe import expert_map
 from weightwire.runtime.mapping import WHOLE, Mapping, TpCoordinates
 from weightwire.runtime.model_loader import parse_dtype
+from weightwire.runtime.models.decoder import DecoderForCausalLM
 from weightwire.runtime.models.registry import construct
 from weightwire.types import Coordinates, Stage
 
@@ -41,10 +43,8 @@ def native_identities(
         kernel_layout: decides the processed bytes.
         mapping: the rank's place.
     """
-    raw = read_json_object(checkpoint_dir / "config.json", "give a Hugging Face checkpoint directory")
-    ranks = TpGroup.offline(TpCoordinates(size=mapping.world_size, rank=mapping.rank))
-    # for the declarations of its modules; it never runs
-    model = construct(config, {}, LayerContext.of(ranks, mapping, parse_dtype(dtype), kernel_layout))
+    raw = raw_config(checkpoint_dir)
+    model = declared_model(config, dtype, kernel_layout, mapping)
     place = coordinates(mapping)
 
     def at(stage: Stage) -> Identity:
@@ -95,6 +95,19 @@ def coordinates(mapping: Mapping) -> Coordinates:
         dp_rank=dp.rank,
         dp_size=dp.size,
     )
+
+
+def raw_config(checkpoint_dir: Path) -> dict[str, Any]:
+    """What ``config.json`` holds, which is what identities digest."""
+    return read_json_object(checkpoint_dir / "config.json", "give a Hugging Face checkpoint directory")
+
+
+def declared_model(
+    config: ModelConfig, dtype: str, kernel_layout: KernelLayout, mapping: Mapping
+) -> DecoderForCausalLM:
+    """The rank's model on meta, for what its modules declare; it never runs."""
+    ranks = TpGroup.offline(TpCoordinates(size=mapping.world_size, rank=mapping.rank))
+    return construct(config, {}, LayerContext.of(ranks, mapping, parse_dtype(dtype), kernel_layout))
 
 
 def _expert_map_digest(config: ModelConfig, ep_size: int) -> str:

@@ -15,11 +15,13 @@ from weightwire.engines.native.hooks import PublishingHooks
 from weightwire.engines.native.identity import coordinates, native_identities
 from weightwire.engines.native.options import ReplicaOptions
 from weightwire.engines.native.support import Row, parallel, quantized_as, refusal, row_of
+from weightwire.engines.native.tensors import peer_tensors
 from weightwire.errors import NoSourceError
 from weightwire.identity.identity import Identity
 from weightwire.loaders.announced import Announced
 from weightwire.loaders.live import LiveCheckpointLoader
 from weightwire.loaders.member import Member
+from weightwire.loaders.peer_tensors import PeerTensors
 from weightwire.loaders.relay import PublicationRelay
 from weightwire.manifest.records import Manifest
 from weightwire.metadata.decision import Group
@@ -92,6 +94,7 @@ class Load:
             receive=self._receiver,
             on_miss=settings.on_miss,
             names=lambda: self.hooks.names,
+            tensors=self._tensors(),
         )
         self.hooks = PublishingHooks(
             self._announce,
@@ -149,7 +152,7 @@ class Load:
             published = dict(vars(self.hooks.report))
         report = self.live.report
         told: dict[str, Json] = {"report": report.to_json(), "seconds": dict(seconds), "published": published}
-        told["nbytes"] = report.nbytes if report.source == "peer" else self._read
+        told["nbytes"] = report.nbytes if report.source in ("peer", "tensors") else self._read
         return told
 
     @property
@@ -222,6 +225,22 @@ class Load:
             progress=progress_events(),
             relay=PublicationRelay(self._relaying, self._announce_again),
         )
+
+    def _tensors(self) -> PeerTensors | None:
+        if self.member is None or not self.options.tensors_of:
+            return None
+        progress = self._moving(progress_events())
+        return peer_tensors(self.options, self.settings, self.member, self.group.at("tensors"), self.mapping, progress)
+
+    def _moving(self, progress: Progress) -> Progress:
+        """``progress``, and others may wait for this replica while bytes move that it does not relay."""
+
+        def tell(phase: str, done: int, total: int, unit: str) -> None:
+            progress(phase, done, total, unit)
+            if unit == "bytes" and self.announced.publication is not None:
+                self.announced.publication.progress(done, total)
+
+        return tell
 
     def _row(self, config: ModelConfig, stage: Stage) -> Row:
         options, quantization = self.options, config.quantization

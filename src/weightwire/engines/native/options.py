@@ -38,6 +38,9 @@ class ReplicaOptions:
         weights_id: take exactly these weights.
         latest: where several weights are ready, take those with the highest ordinal.
         ordinal: of the weights that this replica reads from the disk.
+        tensors_of: where no peer delivers, take this rank's part of every tensor, under Hugging Face's names, from a
+            program that publishes them with this name as its identity's engine (``identity.tensors_identity``); empty
+            for none. A draft model is not taken from there.
         max_amplification: where peers have another number of ranks: bytes read over bytes needed, at most; 0 to take
             nothing from those.
         publish_stage: ``LOADED`` or ``PROCESSED``: what this replica publishes.
@@ -67,6 +70,7 @@ class ReplicaOptions:
     weights_id: str = ""
     latest: bool = False
     ordinal: int = 0
+    tensors_of: str = ""
     max_amplification: float = MAX_AMPLIFICATION
     publish_stage: str = "LOADED"
     metrics_port: int | None = None
@@ -80,6 +84,7 @@ class ReplicaOptions:
         KernelLayout.parse(self.kernel_layout)
         parse_dtype(self.dtype)
         self._check_sizes()
+        self._check_tensors_of()
         amplification = self.max_amplification
         if isinstance(amplification, bool) or not (amplification == 0 or 1 <= amplification < math.inf):
             raise ConfigError(f"max_amplification is {amplification!r}", "give a number from 1 up, or 0")
@@ -112,9 +117,21 @@ class ReplicaOptions:
             draft_model="",
             mtp=False,
             weights_id="",
+            tensors_of="",
             ep=1 if dense else self.ep,
             attention_dp=self.attention_dp and not dense,
         )
+
+    def _check_tensors_of(self) -> None:
+        if not self.tensors_of:
+            return
+        if LoadFormat.parse(self.load_format) is not LoadFormat.PRESHARDED:
+            raise ConfigError("tensors_of is given, and nobody is asked for weights", "use load format presharded")
+        if self.weights_id:
+            raise ConfigError(
+                "weights_id pins weights of this runtime, which the tensors of another program are not yet",
+                "give weights_id or tensors_of; the revision holds for both",
+            )
 
     def _check_sizes(self) -> None:
         for axis, size in (("tp", self.tp), ("pp", self.pp)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,7 @@ class SafetensorsLoader:
         """
         if not config.tie_word_embeddings or not has_weights(checkpoint_dir):
             return {}
-        sources = self._open(checkpoint_dir)
-        head = sources.get("lm_head.weight")
-        embedding = sources.get("model.embed_tokens.weight")
-        if head is None or embedding is None or _equal(head, embedding):
-            return {}
-        logger.info("%s: lm_head differs from the embedding although the config ties them; untied", checkpoint_dir)
-        return {WORD_EMBEDDINGS_UNTIED: True}
+        return facts_of(self._open(checkpoint_dir), config, str(checkpoint_dir))
 
     def load_weights(self, request: LoadRequest) -> Weights:
         """All tensors of the checkpoint, unread.
@@ -128,8 +123,21 @@ def has_weights(directory: Path) -> bool:
     return (directory / _INDEX).exists() or (directory / "model.safetensors").exists()
 
 
+def facts_of(sources: Mapping[str, TensorSource], config: ModelConfig, where: str) -> BuildFacts:
+    """What a checkpoint's tensors, which are at ``where``, tell of construction; see ``SafetensorsLoader.build_facts``.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    head, embedding = sources.get("lm_head.weight"), sources.get("model.embed_tokens.weight")
+    if not config.tie_word_embeddings or head is None or embedding is None or _equal(head, embedding):
+        return {}
+    logger.info("%s: lm_head differs from the embedding although the config ties them; untied", where)
+    return {WORD_EMBEDDINGS_UNTIED: True}
+
+
 def _equal(one: TensorSource, other: TensorSource) -> bool:
-    if one.shape != other.shape:
+    if one.shape != other.shape or not one.shape:
         return False
     rows = one.shape[0]
     for start in range(0, rows, _COMPARE_ROWS):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 
+import numpy as np
+
 from weightwire.manifest.address import Region
 
 PAGE_BYTES = 4096
@@ -22,10 +24,10 @@ class Places:
 
     def add(self, regions: Sequence[Region]) -> list[Region]:
         """What to register so that all of ``regions`` are; they overlap nothing that was allocated apart from them."""
-        new = [region for region in regions if not self._covers(region)]
+        new = [region for region in regions if not self._covers(region)] if self._known else regions
         few = joined(new)
         if any(self._meets(region) for region in few):  # something small that was registered before lies in between
-            few = new
+            few = list(new)
         for region in few:
             bisect.insort(self._known.setdefault(region.device, []), region)
         return few
@@ -47,21 +49,19 @@ class Places:
 
 
 def joined(regions: Sequence[Region]) -> list[Region]:
-    """``regions``, those of host memory joined where no whole page lies between two."""
-    found: list[Region] = []
-    for region in sorted(regions, key=lambda each: (each.device, each.address)):
-        last = found[-1] if found else None
-        if last is not None and _near(last, region):
-            nbytes = max(last.nbytes, region.address + region.nbytes - last.address)
-            found[-1] = Region(last.address, nbytes, last.device)
-        else:
-            found.append(region)
-    return found
-
-
-def _near(first: Region, second: Region) -> bool:
-    between = second.address - first.address - first.nbytes
-    return first.device == second.device == "cpu" and between < PAGE_BYTES
+    """``regions``, those of host memory joined where no whole page lies between two; in arrays, as they may be many."""
+    host = [region for region in regions if region.device == "cpu"]
+    found = [region for region in regions if region.device != "cpu"]
+    if host:
+        begins = np.fromiter((region.address for region in host), np.int64, len(host))
+        ends = begins + np.fromiter((region.nbytes for region in host), np.int64, len(host))
+        order = np.argsort(begins, kind="stable")
+        begins, ends = begins[order], np.maximum.accumulate(ends[order])
+        first = np.flatnonzero(np.append(True, begins[1:] - ends[:-1] >= PAGE_BYTES))
+        last = np.append(first[1:], len(host)) - 1
+        rows = zip(begins[first].tolist(), (ends[last] - begins[first]).tolist(), strict=True)
+        found += [Region(address, nbytes, "cpu") for address, nbytes in rows]
+    return sorted(found, key=lambda each: (each.device, each.address))
 
 
 def _address(region: Region) -> int:
