@@ -55,10 +55,7 @@ def batch_leaves(device: str) -> int:
 
 
 class SpanDigests:
-    """Digests of spans on one device, asked for in runs. Safe to use from several threads.
-
-    Tables of blocks are made for each run: those of a whole shard have half a million rows, for which the first bytes
-    would wait.
+    """Digests of spans on one device, asked for in runs. The tables are made once; safe to use from several threads.
 
     Args:
         memory: whose bytes of all ``spans`` lie on one device; kept alive by the caller.
@@ -69,24 +66,41 @@ class SpanDigests:
     """
 
     def __init__(self, memory: AddressSpace, spans: Sequence[Span] | Spans) -> None:
-        self._spans = spans if isinstance(spans, Spans) else Spans.of(spans)
-        self._segments = segments = memory.columns(self._spans.hull)
+        spans = spans if isinstance(spans, Spans) else Spans.of(spans)
+        segments = memory.columns(spans.hull)
         self._device = segments.devices[segments.homes[0]] if len(segments.homes) else "cpu"
+        self._blocks = blocks = Blocks(segments, spans)
+        self._ends = np.concatenate(([0], np.cumsum(blocks.counts)))
+        self._split = np.flatnonzero(~blocks.whole)
         self._kernel = device_kernel.kernel_on(self._device)
+        if self._kernel is not None:  # blocks of several pieces have no bytes here: they are gathered
+            self._table = self._kernel.table(np.where(blocks.whole, (blocks.address, blocks.nbytes), 0))
 
     def of(self, first: int, end: int) -> bytes:
         """Digests of the spans numbered ``first`` to ``end``, one after the other.
 
         Memory is read on a stream of its own that waits for the current one first; done when this returns.
         """
-        blocks = Blocks(self._segments, Spans(self._spans.offsets[first:end], self._spans.sizes[first:end]))
-        if not len(blocks):
+        begin, stop = int(self._ends[first]), int(self._ends[end])
+        if begin == stop:
             values = np.zeros(0, dtype=np.int64)
         elif self._kernel is None:
-            values = _by_tensor_operations(blocks, np.arange(len(blocks)), self._device)
+            values = _by_tensor_operations(self._blocks, np.arange(begin, stop), self._device)
         else:
-            values = _by_kernel(blocks, self._kernel, self._device)
-        return _combined(values, blocks.counts)
+            values = self._by_kernel(self._kernel, begin, stop)
+        return _combined(values, self._blocks.counts[first:end])
+
+    def _by_kernel(self, kernel: Kernel, begin: int, stop: int) -> Column:
+        near = np.searchsorted(self._split, (begin, stop))
+        split = self._split[near[0] : near[1]]
+        with _own_stream(self._device):
+            out = torch.empty(stop - begin, dtype=torch.int64, device=self._device)
+            kernel.hash(self._table[:, begin:stop], out)
+            parts = [_gathered_by_kernel(self._blocks, rows, kernel) for rows in _batches(split, DEVICE_BATCH_BYTES)]
+            values: Column = out.cpu().numpy()
+        if parts:
+            values[split - begin] = np.concatenate(parts)
+        return values
 
 
 def digest_spans(memory: AddressSpace, spans: Sequence[Span] | Spans) -> bytes:
@@ -114,18 +128,6 @@ def _combined(values: Column, counts: Column) -> bytes:
     data, ends = memoryview(values.astype("<i8").tobytes()), np.cumsum(counts) * 8
     bounds = zip((ends - counts * 8).tolist(), ends.tolist(), strict=True)
     return b"".join(xxhash.xxh3_128_digest(data[begin:end]) for begin, end in bounds)
-
-
-def _by_kernel(blocks: Blocks, kernel: Kernel, device: str) -> Column:
-    split = np.flatnonzero(~blocks.whole)  # these have no bytes in the table: they are gathered
-    with _own_stream(device):
-        out = torch.empty(len(blocks), dtype=torch.int64, device=device)
-        kernel.hash(kernel.table(np.where(blocks.whole, (blocks.address, blocks.nbytes), 0)), out)
-        parts = [_gathered_by_kernel(blocks, rows, kernel) for rows in _batches(split, DEVICE_BATCH_BYTES)]
-        values: Column = out.cpu().numpy()
-    if parts:
-        values[split] = np.concatenate(parts)
-    return values
 
 
 def _gathered_by_kernel(blocks: Blocks, rows: Column, kernel: Kernel) -> Column:
