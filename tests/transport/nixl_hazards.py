@@ -17,7 +17,6 @@ from weightwire.manifest.address import AddressSpace, Region, Segment
 from weightwire.transport.nixl import NixlTransport, connection
 from weightwire.transport.nixl.agent import Agent
 from weightwire.transport.nixl.connection import CopyingRead
-from weightwire.transport.nixl.registration import NixlRegistration
 from weightwire.types import Span
 
 needs_two_cores = pytest.mark.skipif(connection.COPYING_STREAMS < 2, reason="one core copies beside nothing")
@@ -154,8 +153,16 @@ def test_an_idle_source_takes_no_core() -> None:
     source.close()
 
 
+@pytest.fixture
+def copier(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> Reader:
+    """A reader that takes its source's shard for a large one."""
+    monkeypatch.setattr(connection, "COPYING_SHARD", NBYTES)
+    return reader
+
+
 @needs_two_cores
-def test_what_the_reader_copies_itself_comes_when_it_is_waited_for_and_in_order(reader: Reader) -> None:
+def test_what_the_reader_copies_itself_comes_when_it_is_waited_for_and_in_order(copier: Reader) -> None:
+    reader = copier
     reader.refill(0)
     content, half = pattern(NBYTES), NBYTES // 2
     assert reader.connection.depth == 1
@@ -177,7 +184,8 @@ def test_what_the_reader_copies_itself_comes_when_it_is_waited_for_and_in_order(
     assert np.array_equal(reader.landed(), content)
 
 
-def test_a_wait_that_is_late_can_go_on(reader: Reader) -> None:
+def test_a_wait_that_is_late_can_go_on(copier: Reader) -> None:
+    reader = copier
     reader.refill(0)
     read = reader.connection.read(Span(0, NBYTES), reader.into)
     with pytest.raises(PeerStalled):
@@ -188,9 +196,13 @@ def test_a_wait_that_is_late_can_go_on(reader: Reader) -> None:
 
 
 @needs_two_cores
-def test_a_second_connection_does_not_pay_for_many_small_tensors(reader: Reader) -> None:
-    assert isinstance(reader.into, NixlRegistration)
-    many = [Segment(at * 64, 4096 + at * 64, 64, "cpu") for at in range(1000)]
-    reader.connection._peer = replace(reader.connection._peer, memory=AddressSpace(many, [], None))
-    assert reader.connection.streams == 1
-    assert reader.connection.depth > 1
+@pytest.mark.parametrize(
+    ("count", "nbytes", "pays"), [(1000, 1 << 18, True), (1000, 1 << 17, False), (4, 1 << 24, False)]
+)
+def test_more_connections_pay_for_large_shards_of_large_tensors(
+    reader: Reader, count: int, nbytes: int, pays: bool
+) -> None:
+    tensors = [Segment(at * nbytes, 4096 + at * nbytes, nbytes, "cpu") for at in range(count)]
+    reader.connection._peer = replace(reader.connection._peer, memory=AddressSpace(tensors, [], None))
+    assert (reader.connection.streams > 1) is pays
+    assert (reader.connection.depth > 1) is not pays

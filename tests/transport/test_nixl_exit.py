@@ -29,10 +29,30 @@ other = nixl_backends.nixl(None)
 connection = other.connect(transport.describe(registration, LEASE), LEASE, soon())
 """
 
+CONNECTING = """
+import threading
+endpoint = transport.describe(registration, LEASE)
+other = nixl_backends.nixl(None)
+other.close()
+begun = threading.Event()
+def connect():
+    said = ""
+    while "leaving" not in said:  # it makes an agent each time, and then sees that the transport is closed
+        try:
+            other.connect(endpoint, LEASE, soon())
+        except PeerLost as error:
+            said = str(error)
+        begun.set()
+from weightwire.errors import PeerLost
+threading.Thread(target=connect, daemon=True).start()
+begun.wait(20)
+"""
+
 ENDS = {
     "": 0,
     "sys.exit(1)": 1,
     CONNECTED + "raise SystemExit(3)": 3,
+    CONNECTING + "sys.exit(4)": 4,
     "sys.exit('a message')": 1,
     "raise ValueError('not caught')": 1,
     "from weightwire.transport.nixl.exit import leave; leave(3)": 3,

@@ -53,6 +53,9 @@ costs too much, and more is in no cache any more when it is digested."""
 COPYING_STREAMS = min(4, len(os.sched_getaffinity(0)))
 """Connections that pay there: as many cores copy and digest (``docs/performance.md``)."""
 
+COPYING_SHARD = 128 * 1024 * 1024
+"""Bytes below which they do not: while another agent is made, one connection copies as much."""
+
 COPYING_TENSOR = 256 * 1024
 """Bytes in one piece, on average, below which they do not: all pieces are registered for each of them."""
 
@@ -171,7 +174,7 @@ class NixlConnection:
         One alone is better off with digests in a thread beside it, and with small tensors one alone is best.
         """
         memory = self._peer.memory
-        large = memory.span.nbytes >= COPYING_TENSOR * len(memory.all.offsets)
+        large = memory.span.nbytes >= max(COPYING_SHARD, COPYING_TENSOR * len(memory.all.offsets))
         return self._ways.get(COPYING, self._probed) == ("cma",) and large and COPYING_STREAMS > 1
 
     @property

@@ -4,7 +4,9 @@ The C++ libraries under NIXL 1.5.1 may crash while the C library runs exit handl
 on an exit code; the process then ends with 139 whatever it did. Two guards stand against that, and ``install`` (called
 with the first agent, so in every process that has one) sets up both:
 
-* a Python ``atexit`` callback closes the transports while everything they need is still there;
+* a Python ``atexit`` callback waits for threads that are making or ending an agent (``at_work``), and closes the
+  transports while everything they need is still there. A daemon thread that comes back from C++ into an interpreter
+  that is gone is ended by force, and the libraries abort the process at that;
 * a C exit handler, registered last and hence run first, flushes C streams and ends the process with the status that
   was meant: exceptions, ``SystemExit`` and plain returns alike, without anybody's cooperation.
 
@@ -21,9 +23,10 @@ import os
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import NoReturn, Protocol
 
-from weightwire.errors import WeightwireError
+from weightwire.errors import PeerLost, WeightwireError
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +43,33 @@ _open: weakref.WeakSet[Closable] = weakref.WeakSet()
 _lock = threading.Lock()
 _installed = False
 
+WORK_S = 5.0
+"""How long an exit waits for threads ``at_work``."""
+
+_idle = threading.Condition()
+_working = 0
+_leaving = False
+
+
+@contextlib.contextmanager
+def at_work() -> Iterator[None]:
+    """In the block this thread makes or ends an agent: an exit waits for it.
+
+    Raises:
+        PeerLost: the process is leaving already.
+    """
+    global _working  # noqa: PLW0603  # a process has one exit
+    with _idle:
+        if _leaving:
+            raise PeerLost("this process is leaving", "connect before it ends")
+        _working += 1
+    try:
+        yield
+    finally:
+        with _idle:
+            _working -= 1
+            _idle.notify_all()
+
 
 def close_at_exit(transport: Closable) -> None:
     """Close ``transport`` when the process leaves, unless it is gone by then."""
@@ -54,7 +84,7 @@ def install() -> None:
         if _installed:
             return
         _installed = True
-    atexit.register(close_all)
+    atexit.register(_close_all)
     _end_before_c_handlers()
 
 
@@ -67,6 +97,15 @@ def close_all() -> None:
             transport.close()
         except WeightwireError as error:
             _log.warning("at exit: %s", error)
+
+
+def _close_all() -> None:
+    global _leaving  # noqa: PLW0603  # a process has one exit
+    with _idle:
+        _leaving = True
+        if not _idle.wait_for(lambda: not _working, WORK_S):
+            _log.warning("at exit: a NIXL agent has been in the making for %.0f s; this may end in a crash", WORK_S)
+    close_all()
 
 
 def leave(code: int) -> NoReturn:

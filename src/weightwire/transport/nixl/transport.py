@@ -133,18 +133,19 @@ class NixlTransport:
             TransferError: UCX would read over TCP; see ``require_rdma``.
         """
         peer = Endpoint.decode(endpoint, self._secret, lease)
-        agent = self._spare.take() if not self._serves else Agent(self._reader_name(), serves=False)
-        connection = NixlConnection(agent, peer, require_rdma=self._require_rdma)
-        with self._lock:
-            closed = self._closed
-            self._connections.add(connection)
-        try:
-            if closed:
-                raise PeerLost("this nixl transport is closed", "make a new one")
-            connection.open(deadline)
-        except TransferError:
-            _abandon(connection)
-            raise
+        with process_exit.at_work():
+            agent = self._spare.take() if not self._serves else Agent(self._reader_name(), serves=False)
+            connection = NixlConnection(agent, peer, require_rdma=self._require_rdma)
+            with self._lock:
+                closed = self._closed
+                self._connections.add(connection)
+            try:
+                if closed:
+                    raise PeerLost("this nixl transport is closed", "make a new one")
+                connection.open(deadline)
+            except TransferError:
+                _abandon(connection)
+                raise
         return connection
 
     def deregister(self, registration: Registration, deadline: float) -> None:
